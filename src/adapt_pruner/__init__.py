@@ -1,0 +1,27 @@
+"""Make a Hugging Face causal language model smaller, to exactly the size you name.
+
+Importing this package makes transformers able to load checkpoints whose layers differ in width.
+Nothing else happens at import; the names below are imported when they are first used.
+"""
+
+from importlib import import_module
+
+from . import per_layer as _per_layer
+
+__version__ = "0.1.0"
+
+_per_layer.register()
+
+_EXPORTS = {
+    "PruneSettings": "settings",
+}
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,187 @@
+"""Calibration: token windows cut at random places out of random documents.
+
+Shapes: B windows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from . import pydocs
+
+EMBEDDED = "pydocs"
+"""Name of the text that every Python installation carries: its own documentation."""
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+class CalibrationData:
+    """Tokenised documents from which windows are drawn, the same ones for the same seed and step.
+
+    Args:
+        documents: token ids of each document, 1-D.
+        window_length: T, tokens per window. Shorter documents are passed over.
+        num_windows: B, windows per draw.
+        redraw: draw other windows at every step; else always those of step 0.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[Tensor],
+        window_length: int,
+        num_windows: int,
+        seed: int = 0,
+        redraw: bool = True,
+        source: str = "the calibration text",
+    ):
+        lengths = []
+        self.documents = []
+        for tokens in documents:
+            lengths.append(len(tokens))
+            if len(tokens) >= window_length:
+                self.documents.append(tokens)
+        self.window_length, self.num_windows = window_length, num_windows
+        self.seed, self.redraw, self.source = seed, redraw, source
+        self.num_tokens = sum(map(len, self.documents))
+        if not self.documents:
+            found = f"the longest of {len(lengths)} has {max(lengths)}" if lengths else "it is empty"
+            raise CalibrationError(
+                f"{source} has no document of at least {window_length} tokens; {found}. "
+                "Use other text, or a smaller --window-length."
+            )
+
+    def draw(self, step: int = 0) -> Tensor:
+        """(B, T) int64 windows for pruning step `step`."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * self.redraw)
+        chosen = torch.randint(len(self.documents), (self.num_windows,), generator=generator)
+        places = torch.rand(self.num_windows, generator=generator, dtype=torch.float64)
+        windows = []
+        for i, place in zip(chosen.tolist(), places.tolist(), strict=True):
+            tokens = self.documents[i]
+            start = int(place * (len(tokens) - self.window_length + 1))
+            windows.append(tokens[start : start + self.window_length])
+        return torch.stack(windows).long()
+
+
+def load_calibration(
+    source: str,
+    tokenizer: Any,
+    window_length: int,
+    num_windows: int,
+    text_column: str = "text",
+    max_documents: int = 10_000,
+    seed: int = 0,
+    redraw: bool = True,
+    vocab_size: int | None = None,
+) -> CalibrationData:
+    """Read documents, tokenise each once, and return what windows are drawn from.
+
+    Args:
+        source: a local txt, jsonl, json or parquet file, a directory of such files, the name of a
+            data set on the hub (streamed, its train split), or "pydocs".
+        text_column: column of the text in jsonl, json, parquet and hub data.
+        max_documents: at most so many, picked through a shuffled stream.
+        vocab_size: rows of the model's embedding, to notice a tokenizer of another model.
+
+    Raises:
+        CalibrationError: if text, file or column is missing, malformed, empty or too short, or the
+            tokenizer does not fit the model.
+    """
+    texts = islice(read_documents(source, text_column, seed), max_documents)
+    documents = list(_tokenise(texts, tokenizer))
+    largest = max((int(tokens.max()) for tokens in documents), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        raise CalibrationError(
+            f"The tokenizer puts out token {largest}, but the model's vocabulary has {vocab_size} "
+            "entries. Use the tokenizer that belongs to the model."
+        )
+    name = f"Calibration text '{source}'"
+    return CalibrationData(documents, window_length, num_windows, seed, redraw, name)
+
+
+def _tokenise(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
+    texts = iter(texts)
+    while batch := list(islice(texts, 256)):
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            if ids:
+                yield torch.tensor(ids, dtype=torch.int32)
+
+
+def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Iterator[str]:
+    """Yield the documents of a source in a seeded random order. See `load_calibration`."""
+    if source == EMBEDDED:
+        yield from _shuffled(list(pydocs.documents("train")), seed)
+        return
+    path = Path(source).expanduser()
+    if path.exists():
+        files = _files_in(path)
+        plain = [file for file in files if file.suffix == ".txt"]
+        yield from _shuffled([d for file in plain for d in split_documents(_read(file))], seed)
+        for reader in ("json", "parquet"):
+            chosen = [str(file) for file in files if READERS[file.suffix] == reader]
+            if chosen:
+                yield from _read_rows(reader, {"data_files": chosen}, source, text_column, seed)
+        return
+    if path.is_absolute() or path.suffix in READERS or source.startswith((".", "~")):
+        raise CalibrationError(f"There is no calibration file or directory '{source}'.")
+    yield from _read_rows(source, {}, source, text_column, seed)
+
+
+def split_documents(text: str) -> list[str]:
+    """Split plain text at lines of `<|endoftext|>`; without them it is one document."""
+    pieces = (piece.strip() for piece in text.split(DOCUMENT_SEPARATOR))
+    return [piece for piece in pieces if piece]
+
+
+def _files_in(path: Path) -> list[Path]:
+    if path.is_file():
+        files = [path] if path.suffix in READERS else []
+    else:
+        files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
+    if not files:
+        raise CalibrationError(
+            f"'{path}' holds no text that can be read; expected {', '.join(sorted(READERS))} files."
+        )
+    return files
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"'{file}' is not UTF-8 text (byte {error.start}).") from error
+
+
+def _read_rows(name: str, options: dict, source: str, column: str, seed: int) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True, **options)
+        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+            if column not in row:
+                raise CalibrationError(
+                    f"'{source}' has no column '{column}'; it has {', '.join(sorted(row))}. "
+                    "Name one with --text-column."
+                )
+            if isinstance(row[column], str) and row[column].strip():
+                yield row[column]
+    except CalibrationError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CalibrationError(
+            f"Calibration data '{source}' cannot be read: {first_line} "
+            "Name a data set on the hub that you can reach, or a local txt, jsonl or parquet file."
+        ) from error
+
+
+def _shuffled(items: list[str], seed: int) -> list[str]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]

@@ -1,0 +1,4 @@
+"""What a model is worth: perplexity, and what its size buys."""
+
+from .perplexity import Perplexity as Perplexity
+from .perplexity import perplexity as perplexity

@@ -1,0 +1,154 @@
+"""Adapt-Pruner (arXiv:2502.03460, algorithm 1): score, allocate, compensate, cut, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..allocation import (
+    AdaptiveSchedule,
+    Limits,
+    build_chains,
+    check_reachable,
+    keep_masks,
+    remove_ranked,
+)
+from ..anatomy import Anatomy, find_anatomy
+from ..compensation import refit_output
+from ..data import CalibrationData
+from ..errors import InvalidSettings
+from ..importance import IMPORTANCES
+from ..settings import PruneSettings
+from ..slicing import cut
+from ..statistics import Pass, Statistics, Wants, collect
+
+GroupKey = tuple[int, str]
+
+
+@dataclass
+class PruningStep:
+    """What one round of scoring and cutting did."""
+
+    step: int
+    """Counted from 1."""
+    anatomy: Anatomy
+    """The model as it is after the cut."""
+    kept: dict[GroupKey, Tensor]
+    """(U,) bool per group that lost units, over its units before this cut."""
+    layer_importance: list[float]
+    """Per decoder layer before the cut, mean 0 and max |.| 1."""
+    layer_distance: list[float]
+    loss: float
+    """Calibration loss before the cut, nats per token; 0 if the scores needed no loss."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the pass over the calibration windows and of the cut."""
+
+
+def adapt_pruner(
+    model: nn.Module,
+    calibration: CalibrationData,
+    target: int,
+    settings: PruneSettings,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Iterator[PruningStep]:
+    """Cut `model` in place to at most `target` parameters, one step per yield.
+
+    Args:
+        on_progress: called during a step with the share of its calibration windows done.
+    """
+    anatomy = find_anatomy(model)
+    limits = limits_of(settings, anatomy)
+    check_reachable(anatomy, target, limits)
+    importance = IMPORTANCES[settings.importance]
+    wants = importance.wants
+    if settings.compensation == "refit":
+        wants |= Wants.GRAM
+    how = Pass(settings.micro_batch_size, settings.gradient_checkpointing, settings.distance)
+    schedule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
+    start = anatomy.total_parameters
+    step, done = 0, start <= target
+
+    while not done:
+        step += 1
+        began = time.perf_counter()
+        windows_BT = calibration.draw(step - 1)
+
+        def report(windows_done: int, total: int = len(windows_BT)) -> None:
+            on_progress(windows_done / total)
+
+        with collect(model, anatomy, windows_BT, wants, how, report) as statistics:
+            collected = time.perf_counter()
+            scores = {
+                group.key: importance.score(group, statistics, settings.seed + step)
+                for group in anatomy.groups
+            }
+            chains = build_chains(anatomy.groups, scores, limits)
+            if settings.allocation == "adaptive":
+                done = schedule.advance(
+                    chains,
+                    anatomy.total_parameters - target,
+                    statistics.layer_importance,
+                    limits.uniform,
+                )
+            else:
+                done = step == settings.steps
+                wanted = start - (start - target) * step // settings.steps
+                remove_ranked(chains, anatomy.total_parameters - wanted)
+            kept = keep_masks(chains, scores)
+            if settings.compensation == "refit":
+                _refit(anatomy, kept, statistics, settings.ridge)
+            anatomy = cut(model, anatomy, kept)
+        yield PruningStep(
+            step=step,
+            anatomy=anatomy,
+            kept=kept,
+            layer_importance=statistics.layer_importance,
+            layer_distance=statistics.layer_distance,
+            loss=statistics.loss,
+            seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
+        )
+
+
+def _refit(
+    anatomy: Anatomy, kept: dict[GroupKey, Tensor], statistics: Statistics, ridge: float
+) -> None:
+    for group in anatomy.groups:
+        gram_CC = statistics.gram.pop(group.key)
+        if group.key in kept:
+            refit_output(group, kept[group.key], gram_CC, ridge)
+
+
+def limits_of(settings: PruneSettings, anatomy: Anatomy) -> Limits:
+    """Turn the settings that say what may be cut into limits for this model.
+
+    Raises:
+        InvalidSettings: if a protected layer does not exist, or settings exclude each other.
+    """
+    count = len(anatomy.layers)
+    for layer in settings.protect_layers:
+        if not -count <= layer < count:
+            raise InvalidSettings(
+                f"protect_layers: the model has layers 0 to {count - 1}; got {layer}."
+            )
+    if settings.protect_layers and settings.layout == "uniform":
+        raise InvalidSettings(
+            "A uniform layout cuts every layer alike, so protect_layers must be empty; got "
+            f"{list(settings.protect_layers)}."
+        )
+    kinds = {group.kind for group in anatomy.groups}
+    if settings.prune != "all":
+        kinds &= {settings.prune}
+        if not kinds:
+            raise InvalidSettings(
+                f"prune: the {settings.prune} of this architecture cannot be cut; use mlp."
+            )
+    return Limits(
+        kinds=frozenset(kinds),
+        protected_layers=frozenset(layer % count for layer in settings.protect_layers),
+        multiple=settings.multiple,
+        uniform=settings.layout == "uniform",
+    )
+

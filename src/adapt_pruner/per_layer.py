@@ -1,0 +1,74 @@
+"""Teach transformers' decoder layers to read `config.per_layer_config`.
+
+transformers validates, stores and serialises per-layer widths, and its caches understand them, but
+its decoder layers are still built from the global widths. The missing step is small: build layer i
+from the configuration of layer i. It is added to a layer class at the moment transformers imports
+the modelling file, so importing `adapt_pruner` costs nothing and loads nothing.
+
+The class itself is extended instead of replaced (`transformers.monkey_patching`): replacing breaks
+`output_hidden_states` of models built directly from their class, because output recorders then look
+for the replacement, and does not reach `LlamaForCausalLM(config)` at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from .architectures import ARCHITECTURES, Architecture
+
+
+class LayerConfig:
+    """The model's configuration as one decoder layer sees it: its own widths, all else live.
+
+    A view and not a copy, so that a later `model.set_attn_implementation(...)` reaches the layers.
+    """
+
+    def __init__(self, config: Any, overrides: dict[str, Any]):
+        self.__dict__.update(overrides, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+
+def layer_config(config: Any, layer_idx: int) -> Any:
+    """Return what layer `layer_idx` is built from: `config` itself where all layers are equal."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    layer = config.per_layer_config[layer_idx]
+    return LayerConfig(config, {name: getattr(layer, name) for name in config.per_layer_attributes})
+
+
+def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
+    layer_class = getattr(module, architecture.layer_class, None)
+    if layer_class is None or hasattr(layer_class.__init__, "__wrapped__"):
+        return
+    original = layer_class.__init__
+
+    @functools.wraps(original)
+    def __init__(self, config, layer_idx, *args, **kwargs):
+        original(self, layer_config(config, layer_idx), layer_idx, *args, **kwargs)
+
+    layer_class.__init__ = __init__
+
+
+def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
+    return "Reading global config value for per-layer attribute" not in str(record.msg)
+
+
+def register() -> None:
+    """Arrange for every supported layer class to be extended when transformers imports it."""
+    for architecture in ARCHITECTURES.values():
+        wrapt.register_post_import_hook(
+            functools.partial(_extend_layer_class, architecture), architecture.modeling_module
+        )
+    # Our checkpoints declare that reading a global width is intended; the warning is noise.
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
+        _is_not_about_global_widths
+    )

@@ -1,0 +1,151 @@
+"""Settings of a pruning run. Each default, limit and description stands here and nowhere else:
+the command line, recipe files and the documentation take them from these fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import InvalidSettings, near_match
+from .importance import IMPORTANCES
+from .statistics import Distance
+
+ImportanceName = Literal[tuple(IMPORTANCES)]  # type: ignore[valid-type]
+Preset = Literal["best", "paper"]
+
+
+class PruneSettings(BaseModel):
+    """How a model is pruned. The defaults are the preset `best`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Annotated[
+        Literal["adapt-pruner"], Field(description="Pruning method.")
+    ] = "adapt-pruner"
+    importance: Annotated[
+        ImportanceName,
+        Field(description="Score of a unit: how much worse the model gets without it."),
+    ] = "activation-gradient"
+    allocation: Annotated[
+        Literal["adaptive", "global"],
+        Field(
+            description="What each layer gives up: by layer importance (the paper's rule, eq. 6) "
+            "or by one ranking of importance per parameter over all layers."
+        ),
+    ] = "global"
+    compensation: Annotated[
+        Literal["none", "refit"],
+        Field(description="Refit output projections on the units that stay, in closed form."),
+    ] = "refit"
+    ridge: Annotated[
+        float, Field(gt=0, description="Strength of the refit's pull to the present weights.")
+    ] = 0.01
+    steps: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
+            "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
+        ),
+    ] = 10
+    amplitude: Annotated[
+        float,
+        Field(ge=0, description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
+    ] = 0.02
+    distance: Annotated[
+        Distance, Field(description="How far a layer moves its input (eq. 3).")
+    ] = Distance.COSINE
+
+    prune: Annotated[
+        Literal["all", "mlp", "attention"], Field(description="Which parts may be cut.")
+    ] = "all"
+    protect_layers: Annotated[
+        tuple[int, ...],
+        Field(description="Decoder layers that stay whole, such as 0,1,-1 (-1 is the last)."),
+    ] = ()
+    multiple: Annotated[
+        int,
+        Field(ge=1, description="Round MLP widths to a multiple (hardware, quantisation)."),
+    ] = 1
+    layout: Annotated[
+        Literal["per-layer", "uniform"],
+        Field(description="Whether layers may differ in width; uniform models load everywhere."),
+    ] = "per-layer"
+
+    windows: Annotated[int, Field(ge=1, description="Calibration windows per step.")] = 256
+    window_length: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 128
+    redraw: Annotated[
+        bool, Field(description="Draw other calibration windows at each step.")
+    ] = True
+    calibration: Annotated[
+        str,
+        Field(
+            description="Calibration text: hub data set, local txt, jsonl or parquet file or "
+            "directory, or 'pydocs' (Python's own documentation)."
+        ),
+    ] = "DKYoon/SlimPajama-6B"
+    text_column: Annotated[str, Field(description="Column of the text in tabular data.")] = "text"
+    max_documents: Annotated[
+        int, Field(ge=1, description="Calibration documents to read and tokenise at most.")
+    ] = 10_000
+    seed: Annotated[int, Field(ge=0, description="Seed of everything that is random.")] = 0
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        Field(description="Precision to load in; auto: float32 on CPU, else as stored."),
+    ] = "auto"
+    device: Annotated[
+        str, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
+    ] = "auto"
+    device_map: Annotated[
+        str | None,
+        Field(description="Spread the model over devices, as in transformers: auto, balanced."),
+    ] = None
+    micro_batch_size: Annotated[
+        int | None,
+        Field(ge=1, description="Windows per forward pass; default: found automatically."),
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Field(description="Less memory for activations, about a third more time.")
+    ] = False
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "paper": {
+        "importance": "taylor",
+        "allocation": "adaptive",
+        "compensation": "none",
+        "steps": 50,
+        "amplitude": 0.02,
+        "distance": "cosine",
+        "windows": 512,
+        "window_length": 64,
+    },
+}
+
+
+def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
+    """Take a preset and override some of its values.
+
+    Raises:
+        InvalidSettings: for an unknown preset or setting (with the nearest name) or a bad value.
+    """
+    if preset not in PRESETS:
+        raise InvalidSettings(
+            f"There is no preset '{preset}'.{near_match(preset, PRESETS)} "
+            f"Known: {', '.join(PRESETS)}."
+        )
+    try:
+        return PruneSettings(**{**PRESETS[preset], **values})
+    except ValidationError as error:
+        raise InvalidSettings(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = ".".join(map(str, problem["loc"][:1]))
+    if problem["type"] == "extra_forbidden":
+        return f"There is no setting '{name}'.{near_match(name, PruneSettings.model_fields)}"
+    return f"{name}: {problem['msg']}; got {problem['input']!r}."
