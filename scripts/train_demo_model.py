@@ -1,12 +1,26 @@
 """Trains the demo model that ships with adapt-pruner, tokenizer included.
 
-    python scripts/train_demo_model.py
+Run it from the repository root, on one core:
+
+    OMP_NUM_THREADS=1 python scripts/train_demo_model.py
+
+The text is Python's own documentation (`adapt_pruner.data.pydocs`), so the figures depend on the
+Python version. With Python 3.11.7, torch 2.13 (CPU) and transformers 5.23 the command took 24 min
+43 s and reached, over consecutive windows of 256 tokens, each document starting with id 0:
+
+    split      documents     bytes   tokens    loss   perplexity   bits per byte
+    train            331   1886586   735003  2.0582        7.832          1.1569
+    held-out          35    171321    68137  3.0844       21.855          1.7698
+
+The held-out loss was lowest at the last of the 4000 steps. It also guided the choice of the batch
+size, learning rate and initializer range in short trials, so it is slightly optimistic.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import platform
@@ -16,7 +30,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from adapt_pruner.data.pydocs import documents
 
@@ -25,9 +44,11 @@ EOS = "<|endoftext|>"
 VOCAB_SIZE = 1024
 MAX_LENGTH = 512
 WINDOW = 256
-BATCH_SIZE = 32
-WARMUP_STEPS = 50
-DECAY_FRACTION = 0.4
+BATCH_SIZE = 8
+LEARNING_RATE = 4e-3
+WEIGHT_DECAY = 0.1
+WARMUP_STEPS = 100
+DECAY_FRACTION = 0.5
 EVAL_INTERVAL = 200
 
 
@@ -45,7 +66,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{EOS} $A",
-        pair=f"{EOS} $A {EOS}:1 $B:1",
+        pair=f"{EOS} $A {EOS} $B",
         special_tokens=[(EOS, tokenizer.token_to_id(EOS))],
     )
     return PreTrainedTokenizerFast(
@@ -54,6 +75,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=EOS,
         model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -70,15 +93,15 @@ def create_model() -> LlamaForCausalLM:
         max_position_embeddings=MAX_LENGTH,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        initializer_range=0.04,
+        initializer_range=0.05,
         bos_token_id=0,
         eos_token_id=0,
-        pad_token_id=None,
         dtype="float32",
     )
     model = LlamaForCausalLM(config)
-    model.generation_config.do_sample = False
-    model.generation_config.repetition_penalty = 1.1
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False, repetition_penalty=1.1
+    )
     return model
 
 
@@ -108,21 +131,16 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train(
-    model: LlamaForCausalLM,
-    train_stream: torch.Tensor,
-    heldout_stream: torch.Tensor,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float,
+    model: LlamaForCausalLM, train_stream: torch.Tensor, heldout_stream: torch.Tensor, steps: int
 ) -> None:
     """Trains the model in place and leaves it with the weights of the lowest held-out loss."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices}, {"params": scales, "weight_decay": 0.0}],
-        lr=learning_rate,
+        lr=LEARNING_RATE,
         betas=(0.9, 0.95),
-        weight_decay=weight_decay,
+        weight_decay=WEIGHT_DECAY,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps)
@@ -166,7 +184,13 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     with tempfile.TemporaryDirectory(dir=output.parent) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        # Releases before 5 know the tokenizer by this name only, later ones by both.
+        tokenizer_config = Path(directory) / "tokenizer_config.json"
+        values = json.loads(tokenizer_config.read_text())
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokenizer_config.write_text(json.dumps(values, indent=2) + "\n")
         for path in Path(directory).iterdir():
+            path.chmod(0o644)
             os.replace(path, output / path.name)
 
 
@@ -176,9 +200,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="directory to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -189,14 +211,7 @@ def main() -> None:
     heldout_stream = token_stream(tokenizer, heldout_texts)
     model = create_model()
     print(f"Python {platform.python_version()}, {model.num_parameters()} parameters")
-    train(
-        model,
-        train_stream,
-        heldout_stream,
-        arguments.steps,
-        arguments.learning_rate,
-        arguments.weight_decay,
-    )
+    train(model, train_stream, heldout_stream, arguments.steps)
     report("train", evaluate(model, train_stream), train_stream, train_texts)
     report("held-out", evaluate(model, heldout_stream), heldout_stream, heldout_texts)
     save(model, tokenizer, arguments.output)

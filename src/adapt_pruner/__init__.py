@@ -13,8 +13,20 @@ __version__ = "0.1.0"
 _per_layer.register()
 
 _EXPORTS = {
+    "AdaptPrunerError": "errors",
+    "CalibrationData": "data",
     "PruneSettings": "settings",
+    "PruningResult": "api",
+    "find_anatomy": "anatomy",
+    "load_calibration": "data",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
+    "make_settings": "settings",
+    "perplexity": "evaluation",
+    "prune": "api",
+    "replay": "api",
 }
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str):

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedModel, near_match
 from .architectures import ARCHITECTURES, Architecture
+from .errors import UnsupportedModel, near_match
 
 ATTENTION = "attention"
 MLP = "mlp"

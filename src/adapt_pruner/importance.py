@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anatomy import Group, Part
+from .anatomy import ATTENTION, Group, Part
 from .statistics import Statistics, Wants
+
+RESIDUAL_RIDGE = 0.01
+"""Relative to the mean of the Gram matrix's diagonal, as in the refit."""
 
 
 def taylor(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
@@ -66,15 +69,40 @@ def activation_gradient(group: Group, statistics: Statistics, seed: int = 0) -> 
     return statistics.unit_gradient_abs[group.key]
 
 
-def activation_gradient_squared(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def activation_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
     """Mean over windows of (sum over tokens of a * dL/da)^2: the Fisher information of a gate on
     the unit, hence second order in the loss."""
     return statistics.unit_gradient_squared[group.key]
 
 
+def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+    """`activation_fisher` times the share of the unit's activation that the group's other units
+    cannot reproduce linearly: what is lost although the others are refitted.
+
+    With H = X^T X + ridge, that share is 1 / (H_jj (H^-1)_jj) for a unit of one column; for one of
+    several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace of H_jj.
+    """
+    gram_CC = statistics.gram[group.key].double()
+    gram_CC.diagonal().add_(RESIDUAL_RIDGE * gram_CC.diagonal().mean() + torch.finfo().tiny)
+    inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(gram_CC))
+    shape = (group.num_units, len(gram_CC) // group.num_units)
+    total_U = gram_CC.diagonal().view(shape).sum(dim=1)
+    if shape[1] == 1:
+        residual_U = 1 / inverse_CC.diagonal()
+    else:
+        blocks = [inverse_CC[b, b] for b in _slices(*shape)]
+        residual_U = torch.linalg.inv(torch.stack(blocks)).diagonal(dim1=1, dim2=2).sum(dim=1)
+    return activation_fisher(group, statistics) * (residual_U / total_U).float()
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(i * size, (i + 1) * size) for i in range(count)]
+
+
 def random(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
     """Uniform random numbers, the same for the same seed, layer and kind of group."""
-    generator = torch.Generator().manual_seed(hash((seed, group.layer, len(group.kind))) % 2**63)
+    own_seed = (seed * 10_007 + group.layer) * 2 + (group.kind == ATTENTION)
+    generator = torch.Generator().manual_seed(own_seed)
     return torch.rand(group.num_units, generator=generator).to(group.device)
 
 
@@ -92,7 +120,8 @@ IMPORTANCES: dict[str, Importance] = {
     "taylor-second": Importance(taylor_second, Wants.FISHER),
     "taylor-mixed": Importance(taylor_mixed, Wants.FISHER),
     "activation-gradient": Importance(activation_gradient, Wants.UNIT_GRADIENTS),
-    "activation-gradient-squared": Importance(activation_gradient_squared, Wants.UNIT_GRADIENTS),
+    "activation-fisher": Importance(activation_fisher, Wants.UNIT_GRADIENTS),
+    "residual-fisher": Importance(residual_fisher, Wants.UNIT_GRADIENTS | Wants.GRAM),
     "magnitude-l1": Importance(magnitude_l1, Wants.NOTHING),
     "magnitude-l2": Importance(magnitude_l2, Wants.NOTHING),
     "random": Importance(random, Wants.NOTHING),

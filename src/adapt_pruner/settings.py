@@ -20,13 +20,13 @@ class PruneSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Annotated[
-        Literal["adapt-pruner"], Field(description="Pruning method.")
-    ] = "adapt-pruner"
+    method: Annotated[Literal["adapt-pruner"], Field(description="Pruning method.")] = (
+        "adapt-pruner"
+    )
     importance: Annotated[
         ImportanceName,
         Field(description="Score of a unit: how much worse the model gets without it."),
-    ] = "activation-gradient"
+    ] = "residual-fisher"
     allocation: Annotated[
         Literal["adaptive", "global"],
         Field(
@@ -53,9 +53,9 @@ class PruneSettings(BaseModel):
         float,
         Field(ge=0, description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
     ] = 0.02
-    distance: Annotated[
-        Distance, Field(description="How far a layer moves its input (eq. 3).")
-    ] = Distance.COSINE
+    distance: Annotated[Distance, Field(description="How far a layer moves its input (eq. 3).")] = (
+        Distance.COSINE
+    )
 
     prune: Annotated[
         Literal["all", "mlp", "attention"], Field(description="Which parts may be cut.")
@@ -73,11 +73,11 @@ class PruneSettings(BaseModel):
         Field(description="Whether layers may differ in width; uniform models load everywhere."),
     ] = "per-layer"
 
-    windows: Annotated[int, Field(ge=1, description="Calibration windows per step.")] = 256
-    window_length: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 128
-    redraw: Annotated[
-        bool, Field(description="Draw other calibration windows at each step.")
-    ] = True
+    windows: Annotated[int, Field(ge=1, description="Calibration windows per step.")] = 512
+    window_length: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 64
+    redraw: Annotated[bool, Field(description="Draw other calibration windows at each step.")] = (
+        True
+    )
     calibration: Annotated[
         str,
         Field(

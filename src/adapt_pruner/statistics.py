@@ -328,8 +328,11 @@ def _check_finite(statistics: Statistics, anatomy: Anatomy, wants: Wants) -> Non
         if not math.isfinite(distance):
             raise NonFiniteError(f"Decoder layer {i} puts out NaN or infinite values. {advice}")
     for group in anatomy.groups:
-        found = [table[group.key] for table in (statistics.unit_gradient_abs, statistics.gram)
-                 if group.key in table]
+        found = [
+            table[group.key]
+            for table in (statistics.unit_gradient_abs, statistics.gram)
+            if group.key in table
+        ]
         if wants.of_weights:
             found += [part.tensor.grad for part in group.parts if part.tensor.grad is not None]
         if not all(torch.isfinite(tensor.sum()) for tensor in found):

@@ -51,7 +51,9 @@ class CalibrationData:
         self.seed, self.redraw, self.source = seed, redraw, source
         self.num_tokens = sum(map(len, self.documents))
         if not self.documents:
-            found = f"the longest of {len(lengths)} has {max(lengths)}" if lengths else "it is empty"
+            found = (
+                f"the longest of {len(lengths)} has {max(lengths)}" if lengths else "it is empty"
+            )
             raise CalibrationError(
                 f"{source} has no document of at least {window_length} tokens; {found}. "
                 "Use other text, or a smaller --window-length."

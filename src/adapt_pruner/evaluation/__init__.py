@@ -2,3 +2,5 @@
 
 from .perplexity import Perplexity as Perplexity
 from .perplexity import perplexity as perplexity
+from .speed import Speed as Speed
+from .speed import compare_speed as compare_speed

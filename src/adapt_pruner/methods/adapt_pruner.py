@@ -151,4 +151,3 @@ def limits_of(settings: PruneSettings, anatomy: Anatomy) -> Limits:
         multiple=settings.multiple,
         uniform=settings.layout == "uniform",
     )
-

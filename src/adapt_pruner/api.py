@@ -1,0 +1,252 @@
+"""Prune a model in memory: `result = prune(model, tokenizer, sparsity=0.2)`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .allocation import check_reachable, resolve_target
+from .anatomy import Anatomy, find_anatomy
+from .data import CalibrationData, load_calibration
+from .errors import InvalidSettings, LoadingError
+from .loading import read_json
+from .methods import METHODS, PruningStep
+from .methods.adapt_pruner import limits_of
+from .settings import PruneSettings, make_settings
+from .slicing import cut
+
+GroupKey = tuple[int, str]
+PRUNING_FILE = "pruning.json"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model, tied ones counted once."""
+
+    total: int
+    decoder_layers: int
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> Size:
+        return cls(anatomy.total_parameters, anatomy.layer_parameters)
+
+    @property
+    def other(self) -> int:
+        """Embeddings, final norm and head: what is never cut."""
+        return self.total - self.decoder_layers
+
+
+@dataclass
+class StepRecord:
+    """One step in figures, as it goes into run.json."""
+
+    step: int
+    parameters: int
+    loss: float
+    layer_importance: list[float]
+    layer_distance: list[float]
+    widths: list[dict[str, int]]
+    seconds: dict[str, float]
+
+
+@dataclass
+class PruningResult:
+    """A pruned model and the account of how it came about."""
+
+    model: Any
+    tokenizer: Any
+    settings: PruneSettings
+    target: int
+    """Most parameters allowed for the whole model."""
+    before: Size
+    after: Size
+    widths_before: list[dict[str, int]]
+    widths_after: list[dict[str, int]]
+    kept: dict[GroupKey, Tensor]
+    """Per group, the units that stayed, as indices into the units before pruning, ascending."""
+    steps: list[StepRecord] = field(default_factory=list)
+    seconds: float = 0.0
+    measurements: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What was measured before and after, such as {"perplexity": {"before": 7., "after": 9.}}."""
+    previous: dict[str, Any] | None = None
+    """The record of an earlier pruning of the same model, if it had one."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the decoder layers' parameters that was removed."""
+        return 1 - self.after.decoder_layers / self.before.decoder_layers
+
+    def record(self) -> dict[str, Any]:
+        """What was cut, as it is written to pruning.json."""
+        layers: dict[str, dict[str, Any]] = {}
+        for (layer, kind), kept in self.kept.items():
+            units = self.widths_before[layer][
+                "num_key_value_heads" if kind == "attention" else "intermediate_size"
+            ]
+            layers.setdefault(str(layer), {})[kind] = {"units": units, "kept": kept.tolist()}
+        return {
+            "format": 1,
+            "target_parameters": self.target,
+            "sparsity": self.sparsity,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "settings": self.settings.model_dump(mode="json"),
+            "layers": layers,
+            "previous": self.previous,
+        }
+
+    def save(self, directory: str | Path, portable: bool = False, overwrite: bool = False) -> Path:
+        """Write a checkpoint that plain transformers loads. See `checkpoint.save_result`."""
+        from .checkpoint import save_result
+
+        return save_result(self, directory, portable=portable, overwrite=overwrite)
+
+
+class Listener:
+    """What happens during a run, for progress displays. All methods do nothing by default."""
+
+    def on_start(self, total_parameters: int, target: int) -> None: ...
+    def on_progress(self, share: float) -> None: ...
+    def on_step(self, step: PruningStep) -> None: ...
+
+
+def prune(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    sparsity: float | None = None,
+    params: int | None = None,
+    calibration: str | Path | CalibrationData | None = None,
+    settings: PruneSettings | None = None,
+    preset: str = "best",
+    listener: Listener | None = None,
+    **overrides: Any,
+) -> PruningResult:
+    """Make `model` smaller, in place, to exactly the size named.
+
+    Args:
+        model: a supported causal language model of transformers, on any device.
+        tokenizer: needed unless `calibration` is a `CalibrationData`.
+        sparsity: share of the decoder layers' parameters to remove, in [0, 1); or
+        params: parameters that the whole model may have. Either is met at or below, by less than
+            one unit (one multiple or one uniform step, where those are asked for).
+        calibration: text to score on, see `load_calibration`; default: the settings' own.
+        settings: all settings at once; or a `preset` and single settings as keywords.
+        listener: hears of progress.
+
+    Raises:
+        AdaptPrunerError: one of its kinds, before anything is changed, except for non-finite
+            gradients in a later step.
+
+    Example:
+        >>> result = prune(model, tokenizer, sparsity=0.2, calibration="text.jsonl")
+        >>> result.save("smaller")
+    """
+    listener = listener or Listener()
+    if settings is not None and overrides:
+        raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
+    settings = settings or make_settings(preset, **overrides)
+    anatomy = find_anatomy(model)
+    target = resolve_target(anatomy, sparsity, params)
+    check_reachable(anatomy, target, limits_of(settings, anatomy))
+    if not isinstance(calibration, CalibrationData):
+        calibration = _load_calibration(model, tokenizer, settings, calibration)
+    before, widths_before = Size.of(anatomy), anatomy.widths
+    original = {group.key: torch.arange(group.num_units) for group in anatomy.groups}
+    steps, began = [], time.perf_counter()
+    listener.on_start(before.total, target)
+    method = METHODS[settings.method]
+    for step in method(model, calibration, target, settings, listener.on_progress):
+        for key, kept_U in step.kept.items():
+            original[key] = original[key][kept_U]
+        anatomy = step.anatomy
+        steps.append(
+            StepRecord(
+                step.step,
+                anatomy.total_parameters,
+                step.loss,
+                step.layer_importance,
+                step.layer_distance,
+                anatomy.widths,
+                step.seconds,
+            )
+        )
+        listener.on_step(step)
+    return PruningResult(
+        model=model,
+        tokenizer=tokenizer,
+        settings=settings,
+        target=target,
+        before=before,
+        after=Size.of(anatomy),
+        widths_before=widths_before,
+        widths_after=anatomy.widths,
+        kept=original,
+        steps=steps,
+        seconds=time.perf_counter() - began,
+        previous=_previous_record(model),
+    )
+
+
+def _load_calibration(model, tokenizer, settings: PruneSettings, source) -> CalibrationData:
+    if tokenizer is None:
+        raise InvalidSettings("Calibration text needs the model's tokenizer; got None.")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and settings.window_length > longest:
+        raise InvalidSettings(
+            f"window_length: the model reads at most {longest} tokens; "
+            f"got {settings.window_length}."
+        )
+    return load_calibration(
+        str(source or settings.calibration),
+        tokenizer,
+        settings.window_length,
+        settings.windows,
+        text_column=settings.text_column,
+        max_documents=settings.max_documents,
+        seed=settings.seed,
+        redraw=settings.redraw,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+    )
+
+
+def _previous_record(model) -> dict[str, Any] | None:
+    file = Path(getattr(model.config, "_name_or_path", "") or ".") / PRUNING_FILE
+    if model.config._name_or_path and file.is_file():
+        return read_json(file)
+    return None
+
+
+def replay(model: nn.Module, record: str | Path | dict[str, Any]) -> None:
+    """Make the cut of a `pruning.json` again on the model it was made on. Mutates `model`.
+
+    Without the refit: the weights that stay are those of `model`.
+
+    Args:
+        record: the file, the checkpoint directory that holds it, or its content.
+
+    Raises:
+        LoadingError: if the record cannot be read or is of another model.
+    """
+    if not isinstance(record, dict):
+        path = Path(record)
+        record = read_json(path / PRUNING_FILE if path.is_dir() else path)
+    assert isinstance(record, dict)
+    anatomy = find_anatomy(model)
+    keep = {}
+    for group in anatomy.groups:
+        entry = record.get("layers", {}).get(str(group.layer), {}).get(group.kind)
+        if entry is None or entry["units"] != group.num_units:
+            raise LoadingError(
+                f"The record is of another model: {group} has {group.num_units} units here, and "
+                f"{entry['units'] if entry else 'none'} there."
+            )
+        mask = torch.zeros(group.num_units, dtype=torch.bool)
+        mask[torch.tensor(entry["kept"], dtype=torch.int64)] = True
+        keep[group.key] = mask
+    cut(model, anatomy, keep)

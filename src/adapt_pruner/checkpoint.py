@@ -1,0 +1,130 @@
+"""Write checkpoints, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import portable as portable_file
+from .api import PRUNING_FILE, PruningResult
+from .errors import WritingError
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_result(
+    result: PruningResult,
+    directory: str | Path,
+    portable: bool = False,
+    overwrite: bool = False,
+    recipe: dict[str, Any] | None = None,
+) -> Path:
+    """Write the pruned model so that `AutoModelForCausalLM.from_pretrained(directory)` loads it.
+
+    The directory gets config, sharded safetensors, generation config, tokenizer, `pruning.json`
+    (what was cut), `recipe.yaml`, `run.json`, a model card and pictures. It appears whole or not
+    at all.
+
+    Args:
+        portable: add a modelling file and `auto_map` for readers who do not import this package
+            (not needed, and not written, where all layers are equal).
+        overwrite: replace a directory that exists.
+        recipe: what to store as the recipe; default: the settings and target.
+
+    Raises:
+        WritingError: if the directory exists, or cannot be written.
+    """
+    from .report import write_account
+
+    directory = Path(directory).expanduser()
+    model = result.model
+    with atomic_directory(directory, overwrite) as partial:
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        if portable and model.config.is_heterogeneous:
+            portable_file.add_modeling_file(partial, model)
+        if result.tokenizer is not None:
+            result.tokenizer.save_pretrained(partial)
+        write_json(partial / PRUNING_FILE, result.record())
+        recipe = recipe or {
+            "params": result.target,
+            **result.settings.model_dump(mode="json", exclude_defaults=True),
+        }
+        (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
+        write_account(partial, directory.name, result)
+    return directory
+
+
+def check_output(directory: Path, overwrite: bool, needed_bytes: int = 0) -> None:
+    """Raise WritingError now if `directory` could not be written later."""
+    parent = _existing_parent(directory)
+    if directory.exists() and not directory.is_dir():
+        raise WritingError(f"'{directory}' is a file; name a directory.")
+    if directory.exists() and any(directory.iterdir()) and not overwrite:
+        raise WritingError(
+            f"'{directory}' exists and is not empty. Name another directory, or pass --overwrite."
+        )
+    if not os.access(parent, os.W_OK):
+        raise WritingError(f"'{parent}' cannot be written to.")
+    free = shutil.disk_usage(parent).free
+    if needed_bytes > free:
+        raise WritingError(
+            f"The result needs about {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
+            f"free at '{parent}'. Free some space, or name a directory on another disk."
+        )
+
+
+@contextmanager
+def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a hidden directory beside `directory` that takes its place when the block succeeds.
+
+    If the block fails, or the process is killed, what was there before is still there.
+    """
+    check_output(directory, overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
+            os.replace(directory, old)
+            os.replace(partial, directory)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, directory)
+    except BaseException as error:
+        with suppress(OSError):
+            shutil.rmtree(partial)
+        if is_full_disk(error):
+            raise WritingError(
+                f"The disk is full; '{directory}' was not written, and what was there is unchanged."
+                " Free some space and run again."
+            ) from error
+        raise
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for lack of space; safetensors says so only in its message."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
+        "No space left on device" in str(error)
+    )
+
+
+def write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists() or not path.is_dir():
+        path = path.parent
+    return path

@@ -1,0 +1,143 @@
+"""What the user sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..api import Listener
+
+if TYPE_CHECKING:
+    from ..api import PruningResult
+    from ..methods import PruningStep
+    from ..plan import Plan
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def hush_libraries() -> None:
+    """Keep the libraries' own bars and notices out of the program's output."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.getLogger("fsspec").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+class ProgressBar(Listener):
+    """A live bar: how much of the way to the target is done. Use as a context manager."""
+
+    def __init__(self, quiet: bool):
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            disable=quiet,
+            transient=True,
+        )
+        self.task = self.bar.add_task("loading", total=None)
+        self.start = self.now = self.target = self.steps = 0
+        self.share_of_step = 0.1
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.stop()
+
+    def on_start(self, total_parameters: int, target: int) -> None:
+        self.start = self.now = total_parameters
+        self.target = target
+        self.bar.update(self.task, total=1.0, completed=0.0, description=self._description())
+
+    def on_progress(self, share: float) -> None:
+        self.bar.update(self.task, completed=self._done() + share * self.share_of_step)
+
+    def on_step(self, step: PruningStep) -> None:
+        before, self.now = self._done(), step.anatomy.total_parameters
+        self.steps = step.step
+        self.share_of_step = min(self._done() - before, 1 - self._done())
+        self.bar.update(self.task, completed=self._done(), description=self._description())
+
+    def _done(self) -> float:
+        return (self.start - self.now) / max(self.start - self.target, 1)
+
+    def _description(self) -> str:
+        return f"step {self.steps + 1} · {short(self.now)} → {short(self.target)} parameters"
+
+
+def short(count: float) -> str:
+    """A count as people write it: 260K, 1.24B.
+
+    >>> short(214528)
+    '214.5K'
+    """
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= factor:
+            return f"{count / factor:.4g}{letter}"
+    return f"{count:.4g}"
+
+
+def show_result(result: PruningResult) -> None:
+    """The final table: both sizes, before and after, and what was measured."""
+    before, after = result.before, result.after
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_column("change", justify="right")
+
+    def row(name: str, old: float, new: float, form: str) -> None:
+        change = f"{(new - old) / old:+.2%}" if old else ""
+        table.add_row(name, format(old, form), format(new, form), change)
+
+    row("parameters", before.total, after.total, ",")
+    row("  decoder layers", before.decoder_layers, after.decoder_layers, ",")
+    row("  embeddings and others", before.other, after.other, ",")
+    for name, pair in result.measurements.items():
+        row(name, pair["before"], pair["after"], ",.4g" if pair["before"] > 1000 else ".3f")
+    out.print(table)
+    gap = result.target - after.total
+    out.print(
+        f"target {result.target:,} parameters, met with {gap:,} to spare; sparsity of the decoder "
+        f"layers {result.sparsity:.4f}; {len(result.steps)} steps in {result.seconds:.1f} s"
+    )
+
+
+def show_plan(plan: Plan) -> None:
+    """The plan of a dry run."""
+    out.print(
+        f"{plan.before.total:,} parameters ({plan.before.decoder_layers:,} in the decoder layers) "
+        f"→ at most {plan.target:,} (sparsity {plan.sparsity:.4f})"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("step", justify="right")
+    table.add_column("parameters", justify="right")
+    for i, size in enumerate(plan.parameters_after_step, 1):
+        table.add_row(str(i), f"{size:,}")
+    out.print(table)
+    memory = Table(box=None, pad_edge=False)
+    memory.add_column("memory (estimate)")
+    memory.add_column("MB", justify="right")
+    for part, size in plan.memory_bytes.items():
+        memory.add_row(part, f"{size / 1e6:,.1f}")
+    memory.add_row("peak", f"{sum(plan.memory_bytes.values()) / 1e6:,.1f}")
+    out.print(memory)
+    minutes, seconds = divmod(round(plan.seconds), 60)
+    out.print(f"time (estimate for this machine): {minutes} min {seconds} s")

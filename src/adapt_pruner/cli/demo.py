@@ -1,0 +1,55 @@
+"""`adapt-pruner demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+PROMPT = "The for statement is used to"
+
+
+@click.command("demo")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True,
+    help="Directory to write.",
+)  # fmt: skip
+@click.option("--sparsity", type=float, default=0.3, show_default=True, help="Share to remove.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the run.")
+def command(output: Path, sparsity: float, seed: int) -> None:
+    """Prune the small model that ships with the package. Needs no hub and no GPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..evaluation import compare_speed
+    from ..loading import EMBEDDED_MODEL, load_model
+    from ..run import Request, default_calibration, run_pruning
+    from ..settings import make_settings
+    from . import console
+
+    console.hush_libraries()
+    out = console.out
+    out.print(f"[bold]1. Prune[/] the embedded model: {sparsity:.0%} of its decoder layers go")
+    settings = make_settings("best", seed=seed, **default_calibration(EMBEDDED_MODEL))
+    request = Request(EMBEDDED_MODEL, settings, sparsity, evaluate="pydocs", overwrite=True)
+    with console.ProgressBar(quiet=False) as bar:
+        result = run_pruning(request, output, bar)
+    console.show_result(result)
+
+    out.print(f"\n[bold]2. Reload[/] {output} with plain transformers, and compare speed")
+    dense = load_model(EMBEDDED_MODEL, device="cpu")
+    pruned = AutoModelForCausalLM.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    before, after = compare_speed([dense, pruned])
+    for name, old, new in (
+        ("prefill", before.prefill_tokens_per_s, after.prefill_tokens_per_s),
+        ("decode", before.decode_tokens_per_s, after.decode_tokens_per_s),
+    ):
+        out.print(f"{name:8} {old:8,.0f} → {new:8,.0f} tokens/s  ({new / old:.2f}×)")
+
+    out.print(f"\n[bold]3. Generate[/] from '{PROMPT}'")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        ids = model.generate(**inputs, max_new_tokens=40)
+        text = tokenizer.decode(ids[0], skip_special_tokens=True)
+        out.print(f"[bold]{name:7}[/]{' '.join(text.split())}", soft_wrap=True)
+    out.print(f"\nThe model, its card, run.json and pictures are in [bold]{output}[/]")

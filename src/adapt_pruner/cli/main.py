@@ -1,0 +1,76 @@
+"""The program: commands, and how errors reach the user."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import AdaptPrunerError, near_match
+
+OUT_OF_MEMORY = "Out of memory. Try --micro-batch-size 1, --gradient-checkpointing or bfloat16."
+
+
+class Program(click.Group):
+    """A group that loads a command's module when it is used, and reports errors in one line."""
+
+    commands_in = {"prune": "prune", "demo": "demo"}  # noqa: RUF012
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands_in)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from importlib import import_module
+
+        if cmd_name not in self.commands_in:
+            return None
+        return import_module(f".{self.commands_in[cmd_name]}", __package__).command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if args and not args[0].startswith("-") and args[0] not in self.commands_in:
+            hint = near_match(args[0], self.commands_in)
+            known = ", ".join(self.commands_in)
+            raise click.UsageError(f"There is no command '{args[0]}'.{hint} Commands: {known}.")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="adapt-pruner")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def program(debug: bool) -> None:
+    """Make a Hugging Face causal language model smaller, to exactly the size you name."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the program and exit. Every error is one message on stderr and a non-zero status."""
+    arguments = sys.argv[1:] if args is None else args
+    debug = "--debug" in arguments
+    try:
+        program.main(args=arguments, prog_name="adapt-pruner", standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted; nothing was written.", 130)
+    except click.ClickException as error:
+        if debug:
+            raise
+        _fail(error.format_message(), error.exit_code)
+    except AdaptPrunerError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+    except MemoryError:
+        _fail(OUT_OF_MEMORY, 1)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if "out of memory" in text.lower() or "can't allocate memory" in text:
+            _fail(f"{OUT_OF_MEMORY} ({text})", 1)
+        _fail(f"Unexpected error, please report it ({text}). --debug shows where.", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"adapt-pruner: error: {message}", err=True)
+    sys.exit(status)

@@ -1,0 +1,124 @@
+"""Turn the fields of a settings model into command-line options, and back."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+import yaml
+from pydantic.fields import FieldInfo
+
+from ..errors import InvalidSettings, near_match
+from ..settings import PRESETS, PruneSettings, make_settings
+
+
+class Count(click.ParamType):
+    """A number of parameters or tokens: 350M, 1.2B, 125K or 260032."""
+
+    name = "count"
+    factors = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}  # noqa: RUF012
+
+    def convert(self, value: Any, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().replace(",", "").replace("_", "")
+        factor = self.factors.get(text[-1:], 1)
+        try:
+            count = float(text[:-1] if factor > 1 else text) * factor
+        except ValueError:
+            count = -1.0
+        if not 1 <= count < 10**15:
+            self.fail(f"expected a count such as 350M, 1.2B or 260032; got '{value}'.", param, ctx)
+        return round(count)
+
+
+class Integers(click.ParamType):
+    """Integers separated by commas."""
+
+    name = "integers"
+
+    def convert(self, value: Any, param, ctx) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"expected integers such as 0,1,-1; got '{value}'.", param, ctx)
+
+
+def settings_options(command: Callable) -> Callable:
+    """Add an option for every field of `PruneSettings`. Unset options are None."""
+    for name, info in reversed(PruneSettings.model_fields.items()):
+        command = _option(name, info)(command)
+    return command
+
+
+def _option(name: str, info: FieldInfo) -> Callable:
+    flag = "--" + name.replace("_", "-")
+    default = info.default.value if isinstance(info.default, Enum) else info.default
+    shown = {(): "none", None: "automatic"}.get(default, str(default))
+    common: dict[str, Any] = {"default": None, "help": info.description}
+    kind = _without_none(info.annotation)
+    if kind is bool:
+        shown = "yes" if default else "no"
+        return click.option(f"{flag}/--no-{flag[2:]}", show_default=shown, **common)
+    return click.option(flag, type=_type(kind), show_default=shown, **common)
+
+
+def _type(kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return click.Choice([str(choice) for choice in get_args(kind)])
+    if get_origin(kind) is tuple:
+        return Integers()
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return click.Choice([member.value for member in kind])
+    return kind
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(arm for arm in get_args(annotation) if arm is not type(None))
+    return annotation
+
+
+def read_recipe(file: Path, own: set[str]) -> dict[str, Any]:
+    """Read a recipe: a YAML mapping of settings and of the keys in `own`.
+
+    Raises:
+        InvalidSettings: naming the file and what is wrong in it.
+    """
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InvalidSettings(f"There is no recipe file '{file}'.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidSettings(
+            f"Recipe '{file}' cannot be read: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(recipe, dict):
+        raise InvalidSettings(f"Recipe '{file}' must be a mapping of settings; got {recipe!r}.")
+    known = {*PruneSettings.model_fields, *own}
+    for key in recipe:
+        if key not in known:
+            raise InvalidSettings(
+                f"Recipe '{file}' has an unknown key '{key}'.{near_match(str(key), known)}"
+            )
+    return recipe
+
+
+def resolve_settings(
+    preset: str | None, defaults: dict[str, Any], recipe: dict[str, Any], flags: dict[str, Any]
+) -> PruneSettings:
+    """Later ones win: the preset, `defaults`, the recipe, the flags that were given."""
+    preset = preset or recipe.get("preset") or "best"
+    from_recipe = {k: v for k, v in recipe.items() if k in PruneSettings.model_fields}
+    given = {k: v for k, v in flags.items() if v is not None}
+    return make_settings(preset, **{**defaults, **from_recipe, **given})
+
+
+preset_option = click.option(
+    "--preset", type=click.Choice(list(PRESETS)), default=None, show_default="best",
+    help="Where settings start from: what measured best, or the paper's values.",
+)  # fmt: skip

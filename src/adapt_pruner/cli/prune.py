@@ -1,0 +1,84 @@
+"""`adapt-pruner prune`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import Count, preset_option, read_recipe, resolve_settings, settings_options
+
+RECIPE_KEYS = {"model", "sparsity", "params", "preset", "evaluate", "portable"}
+
+
+@click.command("prune")
+@click.argument("model", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to remove.")
+@click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M.")
+@preset_option
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it.")
+@click.option("--evaluate", metavar="TEXT", help="Text to measure perplexity on, before and after.")
+@click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map).")
+@click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
+@click.option("--dry-run", is_flag=True, help="Print sizes, memory and time; load no weights.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@settings_options
+def command(
+    model: str | None,
+    output: Path | None,
+    recipe: Path | None,
+    dry_run: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Make MODEL, a name on the hub or a directory, smaller without training.
+
+    \b
+    adapt-pruner prune meta-llama/Llama-3.2-1B -o smaller --sparsity 0.2
+    adapt-pruner prune ./my-model -o smaller --params 350M --calibration text.jsonl
+    """
+    from ..run import Request, default_calibration, plan_run, run_pruning
+    from . import console
+
+    said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
+    own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
+    overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
+    preset = options.pop("preset")
+    model = model or said.get("model")
+    if not model:
+        raise click.UsageError("Name a MODEL: a directory, or a model on the hub.")
+    if output is None and not dry_run:
+        raise click.UsageError("Name the directory to write: -o DIR.")
+    request = Request(
+        model=model,
+        settings=resolve_settings(preset, default_calibration(model), said, options),
+        overwrite=overwrite,
+        trust_remote_code=trust,
+        **_own_values(own, said),
+    )
+    console.hush_libraries()
+    if dry_run:
+        console.show_plan(plan_run(request))
+        return
+    assert output is not None
+    with console.ProgressBar(quiet) as bar:
+        result = run_pruning(request, output, bar)
+    if not quiet:
+        console.show_result(result)
+        console.out.print(f"written to {output}")
+
+
+def _own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    values = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
+    # A target given as a flag replaces one of either kind in the recipe.
+    if flags["sparsity"] is not None:
+        values["params"] = flags["params"]
+    elif flags["params"] is not None:
+        values["sparsity"] = None
+    if values["params"] is not None:
+        values["params"] = Count().convert(values["params"], None, None)
+    values["portable"] = bool(values["portable"])
+    return values

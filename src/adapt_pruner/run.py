@@ -1,0 +1,131 @@
+"""A whole run as the command line makes it: load, measure, prune, measure, write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .api import Listener, PruningResult, prune
+from .checkpoint import check_output, save_result
+from .data import pydocs
+from .data.calibration import EMBEDDED, read_documents
+from .errors import InvalidSettings
+from .evaluation import perplexity
+from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer
+from .plan import Plan, make_plan
+from .settings import PruneSettings
+
+EVALUATION_WINDOWS = 400
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for besides the settings."""
+
+    model: str
+    settings: PruneSettings
+    sparsity: float | None = None
+    params: int | None = None
+    evaluate: str | None = None
+    """Text to measure perplexity on before and after, as `settings.calibration`; or None."""
+    portable: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+    def recipe(self) -> dict[str, Any]:
+        """All of it, so that the run can be repeated."""
+        target = {"sparsity": self.sparsity} if self.params is None else {"params": self.params}
+        return {
+            "model": self.model,
+            **target,
+            **({"evaluate": self.evaluate} if self.evaluate else {}),
+            **({"portable": True} if self.portable else {}),
+            **self.settings.model_dump(mode="json"),
+        }
+
+
+def default_calibration(model: str) -> dict[str, str]:
+    """The embedded model is calibrated on the text it was trained on."""
+    return {"calibration": EMBEDDED} if model == EMBEDDED_MODEL else {}
+
+
+def plan_run(request: Request) -> Plan:
+    """Plan a run without loading weights."""
+    model = empty_model(request.model, request.trust_remote_code)
+    device = _device(request.settings.device)
+    return make_plan(
+        model, request.settings, request.sparsity, request.params, _dtype(request, model), device
+    )
+
+
+def run_pruning(request: Request, output: Path, listener: Listener | None = None) -> PruningResult:
+    """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
+    settings = request.settings
+    check_output(output, request.overwrite)
+    empty = empty_model(request.model, request.trust_remote_code)
+    target = make_plan(empty, settings, request.sparsity, request.params).target
+    stored = _stored_dtype(empty)
+    check_output(output, request.overwrite, target * (stored or torch.float32).itemsize)
+    texts = evaluation_texts(request.evaluate) if request.evaluate else None
+    tokenizer = load_tokenizer(request.model, request.trust_remote_code)
+    model = load_model(
+        request.model,
+        settings.dtype,
+        settings.device,
+        settings.device_map,
+        request.trust_remote_code,
+    )
+    before = _measure(model, tokenizer, texts)
+    result = prune(
+        model,
+        tokenizer,
+        sparsity=request.sparsity,
+        params=request.params,
+        settings=settings,
+        listener=listener,
+    )
+    if settings.dtype == "auto" and stored is not None:
+        model.to(stored)  # loaded in float32 only to compute on the CPU
+    after = _measure(model, tokenizer, texts)
+    result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
+    save_result(result, output, request.portable, request.overwrite, request.recipe())
+    return result
+
+
+def evaluation_texts(source: str) -> list[str]:
+    """Documents to measure on; of the embedded text those that no training has seen."""
+    if source == EMBEDDED:
+        return pydocs.documents("heldout")
+    return list(read_documents(source))
+
+
+def _measure(model, tokenizer, texts: list[str] | None) -> dict[str, float]:
+    if texts is None:
+        return {}
+    measured = perplexity(model, tokenizer, texts, max_windows=EVALUATION_WINDOWS)
+    return {"perplexity": measured.perplexity, "bits per byte": measured.bits_per_byte}
+
+
+def _stored_dtype(model) -> torch.dtype | None:
+    dtype = getattr(model.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _dtype(request: Request, model) -> torch.dtype:
+    if request.settings.dtype != "auto":
+        return getattr(torch, request.settings.dtype)
+    on_cpu = _device(request.settings.device) == "cpu" and request.settings.device_map is None
+    return torch.float32 if on_cpu else _stored_dtype(model) or torch.float32
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidSettings(f"device: '{name}' is not available here.") from error
+    return name
