@@ -26,7 +26,7 @@ _EXPORTS = {
     "prune": "api",
     "replay": "api",
 }
-__all__ = list(_EXPORTS)
+__all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ def _refuse(model_type: str, why: str) -> None:
     )
 
 
-def find_anatomy(model: nn.Module) -> Anatomy:
+def find_anatomy(model: Any) -> Anatomy:
     """Find the decoder layers of a causal language model and every group of units in them.
 
     Works on any device, `meta` included. Changes nothing.
@@ -172,7 +173,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     """
     architecture = architecture_of(model.config)
     try:
-        layers = list(model.get_submodule(architecture.layers))
+        layers = list(model.get_submodule(architecture.layers).children())
     except AttributeError:
         raise UnsupportedModel(
             f"Expected a causal language model with decoder layers at '{architecture.layers}'; got "

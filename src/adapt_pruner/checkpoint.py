@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from . import portable as portable_file
 from .api import PRUNING_FILE, PruningResult
-from .errors import WritingError
+from .errors import AdaptPrunerError, WritingError
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -49,8 +50,12 @@ def save_result(
     model = result.model
     with atomic_directory(directory, overwrite) as partial:
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        for weights in partial.glob("*.safetensors"):  # written for their owner alone
+            weights.chmod((partial / "config.json").stat().st_mode)
         if portable and model.config.is_heterogeneous:
             portable_file.add_modeling_file(partial, model)
+        else:
+            portable_file.drop_remote_code(partial, model)
         if result.tokenizer is not None:
             result.tokenizer.save_pretrained(partial)
         write_json(partial / PRUNING_FILE, result.record())
@@ -65,15 +70,20 @@ def save_result(
 
 def check_output(directory: Path, overwrite: bool, needed_bytes: int = 0) -> None:
     """Raise WritingError now if `directory` could not be written later."""
-    parent = _existing_parent(directory)
-    if directory.exists() and not directory.is_dir():
+    place = directory.expanduser().resolve()
+    if place.exists() and not place.is_dir():
         raise WritingError(f"'{directory}' is a file; name a directory.")
-    if directory.exists() and any(directory.iterdir()) and not overwrite:
+    if place.exists() and any(place.iterdir()) and not overwrite:
         raise WritingError(
             f"'{directory}' exists and is not empty. Name another directory, or pass --overwrite."
         )
+    if os.path.ismount(place):
+        raise WritingError(f"'{directory}' is a mount point; name a directory inside it.")
+    parent = next(parent for parent in place.parents if parent.exists())
+    if not parent.is_dir():
+        raise WritingError(f"'{directory}' lies below '{parent}', a file; name another directory.")
     if not os.access(parent, os.W_OK):
-        raise WritingError(f"'{parent}' cannot be written to.")
+        raise WritingError(f"'{parent}' cannot be written to; name a directory elsewhere.")
     free = shutil.disk_usage(parent).free
     if needed_bytes > free:
         raise WritingError(
@@ -87,29 +97,46 @@ def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]
     """Yield a hidden directory beside `directory` that takes its place when the block succeeds.
 
     If the block fails, or the process is killed, what was there before is still there.
+
+    Raises:
+        WritingError: for whatever the disk refuses.
     """
     check_output(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+    place = directory.expanduser().resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(place, "partial")
     try:
-        partial.chmod(0o755)
+        partial.mkdir()
         yield partial
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
-            os.replace(directory, old)
-            os.replace(partial, directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(partial, directory)
+        _take_place(partial, place)
     except BaseException as error:
-        with suppress(OSError):
-            shutil.rmtree(partial)
-        if is_full_disk(error):
-            raise WritingError(
-                f"The disk is full; '{directory}' was not written, and what was there is unchanged."
-                " Free some space and run again."
-            ) from error
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, AdaptPrunerError) or not isinstance(error, (OSError, SafetensorError)):
+            raise
+        why = "the disk is full" if is_full_disk(error) else str(error)
+        raise WritingError(
+            f"'{directory}' could not be written: {why}. What was there is unchanged; free some "
+            "space or name another directory, and run again."
+        ) from error
+
+
+def _beside(place: Path, what: str) -> Path:
+    return place.with_name(f".{place.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _take_place(new: Path, place: Path) -> None:
+    """Rename `new` to `place`; if that fails, what is there is put back."""
+    if not place.exists():
+        os.replace(new, place)
+        return
+    old = _beside(place, "old")
+    os.replace(place, old)
+    try:
+        os.replace(new, place)
+    except BaseException:
+        os.replace(old, place)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -121,10 +148,3 @@ def is_full_disk(error: BaseException) -> bool:
 
 def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists() or not path.is_dir():
-        path = path.parent
-    return path

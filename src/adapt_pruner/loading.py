@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    PreTrainedModel,
+    PreTrainedConfig,
 )
 
 from .anatomy import architecture_of
-from .errors import LoadingError, UnsupportedModel
+from .errors import AdaptPrunerError, LoadingError, UnsupportedModel
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""
 
 
 def resolve_name(name: str) -> str:
-    """Turn the name of the embedded model into its directory; leave every other as it is."""
+    """Turn the name of the embedded model into its directory, and ~ into the home directory."""
     if name == EMBEDDED_MODEL and not Path(name).exists():
         return str(resources.files("adapt_pruner") / "demo_model")
-    return name
+    return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
@@ -43,14 +45,17 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         UnsupportedModel: if it cannot be pruned.
     """
     name = resolve_name(name)
-    if _looks_local(name) and not Path(name).expanduser().is_dir():
-        raise LoadingError(f"There is no model directory '{name}'.")
+    if _looks_local(name) and not Path(name).is_dir():
+        raise LoadingError(f"There is no model directory '{name}'. Name one that exists.")
     with _loading(name, "configuration"):
-        raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
-        if raw.get("model_type") == "mobilellm":
-            return _mobilellm(raw)
-        if not raw.get("model_type"):
+        raw, _ = PreTrainedConfig.get_config_dict(name)
+        model_type = raw.get("model_type")
+        if not model_type:
             raise LoadingError(f"'{name}' has no config.json with a model_type; is it a model?")
+        if model_type == "mobilellm":
+            return _mobilellm(raw)
+        if model_type not in CONFIG_MAPPING:
+            architecture_of(PreTrainedConfig.from_dict(raw))  # says why it is not supported
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
@@ -74,7 +79,7 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> Any:
     """Load a causal language model for pruning, in evaluation mode.
 
     Args:
@@ -94,24 +99,30 @@ def load_model(
         dtype = "float32"
     name = resolve_name(name)
     with _loading(name, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        if report["missing_keys"]:
+            raise LoadingError(
+                f"The weights of '{name}' lack {sorted(report['missing_keys'])[0]}: they are "
+                "incomplete, or do not belong to the config.json beside them."
+            )
         if device_map is None:
             model.to(device)
     return model.eval()
 
 
-def empty_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(name: str, trust_remote_code: bool = False) -> Any:
     """Build a model on the meta device from its configuration; no weights are read."""
     config = load_config(name, trust_remote_code)
     architecture_of(config)
-    with torch.device("meta"):
+    with _loading(name, "configuration"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -134,29 +145,53 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def _is_mobilellm(name: str) -> bool:
-    raw, _ = transformers.PreTrainedConfig.get_config_dict(name)
+    raw, _ = PreTrainedConfig.get_config_dict(name)
     return raw.get("model_type") == "mobilellm"
 
 
 def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name.startswith((".", "/")) or name.count("/") > 1 or Path(name).is_file()
 
 
 @contextmanager
 def _loading(name: str, what: str):
+    """Turn whatever the libraries raise while they read into one LoadingError of a sentence."""
     try:
         yield
-    except (LoadingError, UnsupportedModel):
+    except (AdaptPrunerError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        text = str(error).strip() or repr(error)
-        if "pickle" in text or "use_safetensors" in text or "safetensors" in text.split("\n")[0]:
-            text = f"{text.splitlines()[0]} Only safetensors weights are read; convert the model."
-        elif "trust_remote_code" in text:
-            text = "it needs remote code; pass --trust-remote-code if you trust its authors."
-        else:
-            text = " ".join(text.split())
-        raise LoadingError(f"The {what} of '{name}' cannot be read: {text}") from error
+    except Exception as error:
+        raise LoadingError(f"The {what} of '{name}' cannot be read: {_brief(error)}") from error
+
+
+_EXPLANATIONS = {
+    "We couldn't connect to": "there is no such directory here, and the hub cannot be reached. "
+    "Check the name, or the connection.",
+    "not a valid model identifier": "there is no such directory here, and no such model on the "
+    "hub. Check the name; a private model needs `hf auth login`.",
+    "gated repo": "access to it must be requested on its page on the hub, and needs "
+    "`hf auth login`.",
+    "no file named model.safetensors": "there is no model.safetensors, and weights in pickles are "
+    "not read. Convert them to safetensors.",
+    "use_safetensors=True": "there is no model.safetensors, and weights in pickles are not read. "
+    "Convert them to safetensors.",
+    "ignore_mismatched_sizes": "their shapes do not fit the config.json beside them.",
+    "trust_remote_code": "it needs remote code; pass --trust-remote-code if you trust its authors.",
+    "instantiate the backend tokenizer": "its files are missing. Expected tokenizer.json, or "
+    "tokenizer.model with sentencepiece installed.",
+}
+"""What to say for a text that occurs in an error of transformers, which are often long."""
+
+
+def _brief(error: Exception) -> str:
+    text = str(error).strip() or repr(error)
+    for sign, explanation in _EXPLANATIONS.items():
+        if sign in text:
+            return explanation
+    if isinstance(error, SafetensorError):
+        return f"a file is damaged or incomplete ({text}). Copy or download it again."
+    first_sentence = re.split(r"(?<=[.!?])\s(?=[A-Z])", " ".join(text.split()))[0]
+    return f"{first_sentence.rstrip('.')}. Check its files and the options."
 
 
 def read_json(path: Path) -> Any:

@@ -25,6 +25,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from {module} import {base}
 from {module} import {layer} as _Layer
 import {module} as _modeling
@@ -44,13 +48,19 @@ class Pruned{base}({base}):
             super().__init__(config, *args, **kwargs)
         finally:
             _modeling.{layer} = before
+
+
+# Some classes rename weights while they load; transformers looks that up by the class's name.
+renaming = get_checkpoint_conversion_mapping("{base}")
+if renaming is not None:
+    register_checkpoint_conversion_mapping("Pruned{base}", renaming, overwrite=True)
 '''
 
 
 def add_modeling_file(directory: Path, model: Any) -> None:
     """Write a modelling file for the checkpoint of `model` and name it in its configuration."""
     architecture = ARCHITECTURES[model.config.model_type]
-    base = type(model).__name__
+    base = _class_of_transformers(model)
     text = _TEMPLATE.format(
         base=base,
         module=architecture.modeling_module,
@@ -59,7 +69,24 @@ def add_modeling_file(directory: Path, model: Any) -> None:
         layer_config_function=inspect.getsource(layer_config),
     )
     (directory / FILE).write_text(text, encoding="utf-8")
-    config_file = directory / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModelForCausalLM": f"{Path(FILE).stem}.Pruned{base}"}
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    auto_map = {"AutoModelForCausalLM": f"{Path(FILE).stem}.Pruned{base}"}
+    _edit_config(directory, architectures=[base], auto_map=auto_map)
+
+
+def drop_remote_code(directory: Path, model: Any) -> None:
+    """Make the checkpoint that of the model's class in transformers, whatever it came from."""
+    (directory / FILE).unlink(missing_ok=True)
+    _edit_config(directory, architectures=[_class_of_transformers(model)], auto_map=None)
+
+
+def _class_of_transformers(model: Any) -> str:
+    module = ARCHITECTURES[model.config.model_type].modeling_module
+    return next(cls.__name__ for cls in type(model).__mro__ if cls.__module__ == module)
+
+
+def _edit_config(directory: Path, **values: Any) -> None:
+    """Set the keys in config.json, or remove those whose value is None."""
+    file = directory / "config.json"
+    config = {**json.loads(file.read_text(encoding="utf-8")), **values}
+    kept = {key: value for key, value in config.items() if key not in values or value is not None}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,15 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
     settings = request.settings
     check_output(output, request.overwrite)
+    _device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target
     stored = _stored_dtype(empty)
-    check_output(output, request.overwrite, target * (stored or torch.float32).itemsize)
-    texts = evaluation_texts(request.evaluate) if request.evaluate else None
+    written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
+    check_output(output, request.overwrite, target * written.itemsize)
+    texts = None
+    if request.evaluate:
+        texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
     model = load_model(
         request.model,
@@ -88,18 +93,20 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
         listener=listener,
     )
     if settings.dtype == "auto" and stored is not None:
-        model.to(stored)  # loaded in float32 only to compute on the CPU
+        _store_as(model, stored)  # it was loaded in float32 only to compute on the CPU
     after = _measure(model, tokenizer, texts)
     result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
     save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
 
-def evaluation_texts(source: str) -> list[str]:
+def evaluation_texts(
+    source: str, text_column: str = "text", max_documents: int = 10_000
+) -> list[str]:
     """Documents to measure on; of the embedded text those that no training has seen."""
     if source == EMBEDDED:
         return pydocs.documents("heldout")
-    return list(read_documents(source))
+    return list(islice(read_documents(source, text_column), max_documents))
 
 
 def _measure(model, tokenizer, texts: list[str] | None) -> dict[str, float]:
@@ -114,6 +121,13 @@ def _stored_dtype(model) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
+def _store_as(model, dtype: torch.dtype) -> None:
+    """Convert the parameters alone: rotary frequencies stay float32, as in a model just loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
 def _dtype(request: Request, model) -> torch.dtype:
     if request.settings.dtype != "auto":
         return getattr(torch, request.settings.dtype)
@@ -125,7 +139,9 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise InvalidSettings(f"device: '{name}' is not available here.") from error
+        raise InvalidSettings(
+            f"device: '{name}' is not available here. Name another, such as cpu, or take auto."
+        ) from error
     return name

@@ -11,7 +11,7 @@ from .errors import InvalidSettings, near_match
 from .importance import IMPORTANCES
 from .statistics import Distance
 
-ImportanceName = Literal[tuple(IMPORTANCES)]  # type: ignore[valid-type]
+ImportanceName = Literal[tuple(IMPORTANCES)]  # pyright: ignore[reportInvalidTypeForm]
 Preset = Literal["best", "paper"]
 
 
@@ -24,7 +24,7 @@ class PruneSettings(BaseModel):
         "adapt-pruner"
     )
     importance: Annotated[
-        ImportanceName,
+        ImportanceName,  # pyright: ignore[reportInvalidTypeForm]
         Field(description="Score of a unit: how much worse the model gets without it."),
     ] = "residual-fisher"
     allocation: Annotated[

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .anatomy import Anatomy, Group
 from .errors import NonFiniteError
@@ -164,7 +166,8 @@ def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistic
                 batch_loss.backward()
                 loss += batch_loss.item()
             on_progress(start + len(batch_BT))
-    return observer.statistics(*windows_BT.shape, loss)
+    num_windows, window_length = windows_BT.shape
+    return observer.statistics(num_windows, window_length, loss)
 
 
 def _sum_of_window_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ class _Observer:
 
             for i, layer in enumerate(layers):
                 keep(layer.register_forward_hook(self._on_layer(i), with_kwargs=True))
-            if Wants.UNIT_GRADIENTS in wants:
+            if wants.backward:
                 keep(layers[0].register_forward_pre_hook(_require_gradient, with_kwargs=True))
             if wants & (Wants.UNIT_GRADIENTS | Wants.GRAM):
                 for group in self.anatomy.groups:
@@ -227,8 +230,7 @@ class _Observer:
                 return
             x_BTC = args[0]
             if Wants.GRAM in self.wants:
-                x_NC = x_BTC.detach().flatten(0, -2).float()
-                _add(self.sums.gram, group.key, x_NC.T @ x_NC)
+                _add_to_gram(self.sums.gram, group.key, x_BTC.detach().flatten(0, -2).float())
             if Wants.UNIT_GRADIENTS in self.wants:
                 x_BTC.register_hook(self._on_input_gradient(group, x_BTC.detach()))
 
@@ -262,6 +264,9 @@ class _Observer:
         for table in (result.unit_gradient_abs, result.unit_gradient_squared, result.fisher):
             for value in table.values():
                 value.div_(num_windows)
+        for gram_CC in result.gram.values():
+            lower_CC = gram_CC.triu(1).T
+            gram_CC.triu_().add_(lower_CC)
         if self.wants.of_weights:
             for parameter in prunable_matrices(self.anatomy):
                 parameter.grad = self.gradients.get(parameter, parameter.grad)
@@ -279,7 +284,7 @@ def prunable_matrices(anatomy: Anatomy) -> Iterator[nn.Parameter]:
 
 
 def _require_gradient(module, args, kwargs) -> None:
-    """Make the backward pass reach the first layer although no weight requires a gradient."""
+    """Make the backward pass reach the first layer, whether or not weights require gradients."""
     x_BTD = args[0] if args else kwargs["hidden_states"]
     if torch.is_grad_enabled() and not x_BTD.requires_grad:
         x_BTD.requires_grad_()
@@ -290,6 +295,17 @@ def _add(table: dict, key, value: Tensor) -> None:
         table[key].add_(value)
     else:
         table[key] = value
+
+
+def _add_to_gram(table: dict[GroupKey, Tensor], key: GroupKey, x_NC: Tensor) -> None:
+    """Add X^T X, the part above the diagonal alone: five eighths of the whole product's work."""
+    width = x_NC.shape[1]
+    if key not in table:
+        table[key] = x_NC.new_zeros(width, width)
+    block = max(256, -(-width // 4))
+    for start in range(0, width, block):
+        columns = slice(start, start + block)
+        table[key][columns, start:].addmm_(x_NC[:, columns].T, x_NC[:, start:])
 
 
 @contextmanager
@@ -303,14 +319,9 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
         for parameter, _, _ in before:
             parameter.grad = None
             parameter.requires_grad_(parameter in wanted)
-        if checkpointing and wants.backward:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for layer in anatomy.layers:
-                layer.training = True  # the layer alone: checkpoints, but no dropout
-        yield
+        with _checkpointed(anatomy.layers) if checkpointing and wants.backward else nullcontext():
+            yield
     finally:
-        if checkpointing and wants.backward:
-            model.gradient_checkpointing_disable()
         for parameter, requires_grad, gradient in before:
             # A cut inside the block changes shapes; a gradient of the old shape is void.
             fits = gradient is not None and gradient.shape == parameter.shape
@@ -318,6 +329,31 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
             parameter.requires_grad_(requires_grad)
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
+    """Let transformers' decoder layers recompute their activations in the backward pass.
+
+    Only the layers themselves are put into training mode, which they ask for; their dropout is not.
+    Reentrant, because the first run is then without gradients: what it computes is neither kept nor
+    observed.
+    """
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [{name: vars(layer).get(name) for name in names} for layer in layers]
+    recompute = partial(checkpoint, use_reentrant=True)
+    try:
+        for layer in layers:
+            vars(layer).update(zip(names, (True, recompute), strict=True))
+            layer.training = True
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in values.items():
+                if value is None:
+                    vars(layer).pop(name, None)
+                else:
+                    vars(layer)[name] = value
 
 
 def _check_finite(statistics: Statistics, anatomy: Anatomy, wants: Wants) -> None:

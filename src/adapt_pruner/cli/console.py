@@ -30,7 +30,7 @@ def hush_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
     logging.getLogger("fsspec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -47,7 +47,7 @@ class ProgressBar(Listener):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=err,
-            disable=quiet,
+            disable=quiet or not err.is_interactive,  # into a file it would write a blank line
             transient=True,
         )
         self.task = self.bar.add_task("loading", total=None)
@@ -116,7 +116,8 @@ def show_result(result: PruningResult) -> None:
     gap = result.target - after.total
     out.print(
         f"target {result.target:,} parameters, met with {gap:,} to spare; sparsity of the decoder "
-        f"layers {result.sparsity:.4f}; {len(result.steps)} steps in {result.seconds:.1f} s"
+        f"layers {result.sparsity:.4f}; {len(result.steps)} steps in {result.seconds:.1f} s",
+        soft_wrap=True,
     )
 
 
@@ -124,7 +125,8 @@ def show_plan(plan: Plan) -> None:
     """The plan of a dry run."""
     out.print(
         f"{plan.before.total:,} parameters ({plan.before.decoder_layers:,} in the decoder layers) "
-        f"→ at most {plan.target:,} (sparsity {plan.sparsity:.4f})"
+        f"→ at most {plan.target:,} (sparsity {plan.sparsity:.4f})",
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("step", justify="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,7 +49,8 @@ def command(output: Path, sparsity: float, seed: int) -> None:
 
     out.print(f"\n[bold]3. Generate[/] from '{PROMPT}'")
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    for name, model in (("dense", dense), ("pruned", pruned)):
+    models: dict[str, Any] = {"dense": dense, "pruned": pruned}
+    for name, model in models.items():
         ids = model.generate(**inputs, max_new_tokens=40)
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
         out.print(f"[bold]{name:7}[/]{' '.join(text.split())}", soft_wrap=True)

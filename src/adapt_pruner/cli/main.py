@@ -38,20 +38,30 @@ class Program(click.Group):
 @click.command(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="adapt-pruner")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def program(debug: bool) -> None:
+def program(debug: bool) -> None:  # main() looks at --debug
     """Make a Hugging Face causal language model smaller, to exactly the size you name."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the program and exit. Every error is one message on stderr and a non-zero status."""
     arguments = sys.argv[1:] if args is None else args
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments  # anywhere: it is an afterthought
     try:
-        program.main(args=arguments, prog_name="adapt-pruner", standalone_mode=False)
+        program.main(
+            args=[argument for argument in arguments if argument != "--debug"],
+            prog_name="adapt-pruner",
+            standalone_mode=False,
+        )
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("Interrupted; nothing was written.", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.NoSuchOption as error:
+        hint = near_match(error.option_name, error.possibilities or [])
+        _fail(f"There is no option '{error.option_name}'.{hint} --help lists them.", 2)
     except click.ClickException as error:
         if debug:
             raise

@@ -23,17 +23,23 @@ class Count(click.ParamType):
     factors = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}  # noqa: RUF012
 
     def convert(self, value: Any, param, ctx) -> int:
-        if isinstance(value, int):
-            return value
         text = str(value).strip().lower().replace(",", "").replace("_", "")
         factor = self.factors.get(text[-1:], 1)
         try:
             count = float(text[:-1] if factor > 1 else text) * factor
         except ValueError:
             count = -1.0
-        if not 1 <= count < 10**15:
+        if not 1 <= count < 10**15 or (factor == 1 and count % 1):
             self.fail(f"expected a count such as 350M, 1.2B or 260032; got '{value}'.", param, ctx)
         return round(count)
+
+
+class Choice(click.Choice):
+    """One of several names; another name gets the nearest of them as a hint."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        known = [str(choice) for choice in self.choices]
+        return f"there is no '{value}'.{near_match(str(value), known)} Known: {', '.join(known)}."
 
 
 class Integers(click.ParamType):
@@ -69,11 +75,11 @@ def _option(name: str, info: FieldInfo) -> Callable:
 
 def _type(kind: Any) -> Any:
     if get_origin(kind) is Literal:
-        return click.Choice([str(choice) for choice in get_args(kind)])
+        return Choice([str(choice) for choice in get_args(kind)])
     if get_origin(kind) is tuple:
         return Integers()
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return click.Choice([member.value for member in kind])
+        return Choice([member.value for member in kind])
     return kind
 
 
@@ -83,8 +89,11 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-def read_recipe(file: Path, own: set[str]) -> dict[str, Any]:
-    """Read a recipe: a YAML mapping of settings and of the keys in `own`.
+_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def read_recipe(file: Path, own: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Read a recipe: a YAML mapping of settings, and of the keys in `own`, with their types.
 
     Raises:
         InvalidSettings: naming the file and what is wrong in it.
@@ -92,33 +101,47 @@ def read_recipe(file: Path, own: set[str]) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise InvalidSettings(f"There is no recipe file '{file}'.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidSettings(
-            f"Recipe '{file}' cannot be read: {' '.join(str(error).split())}"
-        ) from error
+        raise InvalidSettings(f"There is no recipe file '{file}'; name one that exists.") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InvalidSettings(f"Recipe '{file}' is not YAML: {error.problem}{line}.") from error
+    except OSError as error:
+        raise InvalidSettings(f"Recipe '{file}' cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidSettings(f"Recipe '{file}' is not a text file in UTF-8.") from error
     if not isinstance(recipe, dict):
-        raise InvalidSettings(f"Recipe '{file}' must be a mapping of settings; got {recipe!r}.")
+        raise InvalidSettings(
+            f"Recipe '{file}' must be a mapping such as `sparsity: 0.2`; got {recipe!r}."
+        )
     known = {*PruneSettings.model_fields, *own}
-    for key in recipe:
+    for key, value in recipe.items():
         if key not in known:
             raise InvalidSettings(
                 f"Recipe '{file}' has an unknown key '{key}'.{near_match(str(key), known)}"
             )
+        if key in own and type(value) not in own[key]:
+            kinds = " or ".join(_KINDS[kind] for kind in own[key])
+            raise InvalidSettings(f"Recipe '{file}': {key} must be {kinds}; got {value!r}.")
     return recipe
 
 
 def resolve_settings(
     preset: str | None, defaults: dict[str, Any], recipe: dict[str, Any], flags: dict[str, Any]
 ) -> PruneSettings:
-    """Later ones win: the preset, `defaults`, the recipe, the flags that were given."""
-    preset = preset or recipe.get("preset") or "best"
-    from_recipe = {k: v for k, v in recipe.items() if k in PruneSettings.model_fields}
+    """Later ones win: the recipe's preset, `defaults`, the recipe, `preset`, the flags given.
+
+    Whatever presets can set, a `preset` from the command line sets, whatever the recipe says.
+    """
+    of_presets = {name for values in PRESETS.values() for name in values} if preset else set()
+    preset = preset or str(recipe.get("preset", "best"))
+    from_recipe = {
+        k: v for k, v in recipe.items() if k in PruneSettings.model_fields and k not in of_presets
+    }
     given = {k: v for k, v in flags.items() if v is not None}
     return make_settings(preset, **{**defaults, **from_recipe, **given})
 
 
 preset_option = click.option(
-    "--preset", type=click.Choice(list(PRESETS)), default=None, show_default="best",
+    "--preset", type=Choice(list(PRESETS)), default=None, show_default="best",
     help="Where settings start from: what measured best, or the paper's values.",
 )  # fmt: skip

@@ -7,9 +7,17 @@ from typing import Any
 
 import click
 
+from ..errors import InvalidSettings
 from .options import Count, preset_option, read_recipe, resolve_settings, settings_options
 
-RECIPE_KEYS = {"model", "sparsity", "params", "preset", "evaluate", "portable"}
+RECIPE_KEYS = {
+    "model": (str,),
+    "sparsity": (float, int),
+    "params": (int, str),
+    "preset": (str,),
+    "evaluate": (str,),
+    "portable": (bool,),
+}
 
 
 @click.command("prune")
@@ -68,7 +76,7 @@ def command(
         result = run_pruning(request, output, bar)
     if not quiet:
         console.show_result(result)
-        console.out.print(f"written to {output}")
+        click.echo(f"written to {output}")
 
 
 def _own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +87,9 @@ def _own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]
     elif flags["params"] is not None:
         values["sparsity"] = None
     if values["params"] is not None:
-        values["params"] = Count().convert(values["params"], None, None)
+        try:
+            values["params"] = Count().convert(values["params"], None, None)
+        except click.BadParameter as error:
+            raise InvalidSettings(f"params: {error.message}") from None
     values["portable"] = bool(values["portable"])
     return values

@@ -127,13 +127,15 @@ def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Ite
         plain = [file for file in files if file.suffix == ".txt"]
         yield from _shuffled([d for file in plain for d in split_documents(_read(file))], seed)
         for reader in ("json", "parquet"):
-            chosen = [str(file) for file in files if READERS[file.suffix] == reader]
+            chosen = [file for file in files if READERS[file.suffix] == reader]
             if chosen:
-                yield from _read_rows(reader, {"data_files": chosen}, source, text_column, seed)
+                yield from _read_rows(reader, chosen, source, text_column, seed)
         return
     if path.is_absolute() or path.suffix in READERS or source.startswith((".", "~")):
-        raise CalibrationError(f"There is no calibration file or directory '{source}'.")
-    yield from _read_rows(source, {}, source, text_column, seed)
+        raise CalibrationError(
+            f"There is no text file or directory '{source}'. Name one that exists."
+        )
+    yield from _read_rows(source, None, source, text_column, seed)
 
 
 def split_documents(text: str) -> list[str]:
@@ -143,45 +145,72 @@ def split_documents(text: str) -> list[str]:
 
 
 def _files_in(path: Path) -> list[Path]:
-    if path.is_file():
-        files = [path] if path.suffix in READERS else []
-    else:
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if file.suffix in READERS]
     if not files:
         raise CalibrationError(
             f"'{path}' holds no text that can be read; expected {', '.join(sorted(READERS))} files."
         )
-    return files
+    return [file for file in files if file.stat().st_size]
 
 
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"'{file}' is not UTF-8 text (byte {error.start}).") from error
+        raise CalibrationError(
+            f"'{file}' is not UTF-8 text (byte {error.start}). Convert it to UTF-8."
+        ) from error
+    except OSError as error:
+        raise CalibrationError(f"'{file}' cannot be read: {error.strerror}.") from error
 
 
-def _read_rows(name: str, options: dict, source: str, column: str, seed: int) -> Iterator[str]:
-    import datasets
-
+def _read_rows(
+    name: str, files: list[Path] | None, source: str, column: str, seed: int
+) -> Iterator[str]:
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True, **options)
-        for row in rows.shuffle(seed=seed, buffer_size=10_000):
+        for row in _stream(name, files).shuffle(seed=seed, buffer_size=10_000):
             if column not in row:
                 raise CalibrationError(
                     f"'{source}' has no column '{column}'; it has {', '.join(sorted(row))}. "
                     "Name one with --text-column."
                 )
-            if isinstance(row[column], str) and row[column].strip():
+            if not isinstance(row[column], str | None):
+                raise CalibrationError(
+                    f"Column '{column}' of '{source}' holds {row[column]!r}, which is not text. "
+                    "Name another with --text-column."
+                )
+            if row[column] and row[column].strip():
                 yield row[column]
     except CalibrationError:
         raise
     except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CalibrationError(
-            f"Calibration data '{source}' cannot be read: {first_line} "
-            "Name a data set on the hub that you can reach, or a local txt, jsonl or parquet file."
-        ) from error
+        raise CalibrationError(_explain(error, name, files, source)) from error
+
+
+def _stream(name: str, files: list[Path] | None) -> Any:
+    import datasets
+
+    options = {"data_files": [str(file) for file in files]} if files else {}
+    return datasets.load_dataset(name, split="train", streaming=True, **options)
+
+
+def _explain(error: Exception, name: str, files: list[Path] | None, source: str) -> str:
+    text = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+    if files is None:
+        return (
+            f"Data set '{source}' cannot be read: {text}. Name one on the hub that you can reach, "
+            "or a local txt, jsonl or parquet file."
+        )
+    damaged = next((file for file in files if not _is_readable(name, file)), files[0])
+    return f"'{damaged}' cannot be read: {text}. Correct the file, or leave it out."
+
+
+def _is_readable(name: str, file: Path) -> bool:
+    try:
+        return all(True for _ in _stream(name, [file]))
+    except Exception:
+        return False
 
 
 def _shuffled(items: list[str], seed: int) -> list[str]:

@@ -51,6 +51,9 @@ def perplexity(
     one shorter; within a window every token but the first is predicted. Windows never cross
     documents. The model is put back into the mode it was in.
 
+    Args:
+        max_windows: stop after so many; the last document is then measured in part.
+
     Raises:
         CalibrationError: if the texts hold no two tokens.
         NonFiniteError: if the model puts out NaN.
@@ -61,9 +64,12 @@ def perplexity(
         pieces = [ids[i : i + window] for i in range(0, len(ids), window)]
         pieces = [piece for piece in pieces if len(piece) > 1]
         if max_windows is not None and len(windows) + len(pieces) > max_windows:
-            break
+            pieces = pieces[: max_windows - len(windows)]
+            text = tokenizer.decode(ids[: len(pieces) * window], skip_special_tokens=True)
         windows += pieces
-        num_bytes += len(text.encode("utf-8"))
+        num_bytes += len(text.encode("utf-8")) if pieces else 0
+        if len(windows) == max_windows:
+            break
     if not windows:
         raise CalibrationError("There is no text to measure perplexity on.")
     losses = _window_losses(model, windows, batch_size)

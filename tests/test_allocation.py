@@ -1,0 +1,485 @@
+"""Which blocks of units go, in hand-worked numbers and for arbitrary shapes of models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from picomodels import NUM_LAYERS, build
+
+from adapt_pruner.allocation import (
+    AdaptiveSchedule,
+    Limits,
+    build_chains,
+    check_reachable,
+    keep_masks,
+    remove_ranked,
+    removed_parameters,
+    removable_parameters,
+    resolve_target,
+    tighten,
+)
+from adapt_pruner.anatomy import find_anatomy
+from adapt_pruner.errors import InvalidTarget
+
+
+@dataclass
+class ToyGroup:
+    """As much of a group as allocation needs."""
+
+    layer: int
+    kind: str
+    num_units: int
+    unit_cost: int
+
+    @property
+    def key(self):
+        return self.layer, self.kind
+
+
+@dataclass
+class ToyAnatomy:
+    groups: list[ToyGroup]
+    total_parameters: int = 0
+    layer_parameters: int = 0
+
+    @property
+    def layers(self):
+        return range(1 + max(group.layer for group in self.groups))
+
+
+def mlp(layer, width, cost=1):
+    return ToyGroup(layer, "mlp", width, cost)
+
+
+def attention(layer, width, cost=10):
+    return ToyGroup(layer, "attention", width, cost)
+
+
+def chains_of(*groups_and_scores, **limits):
+    groups = [group for group, _ in groups_and_scores]
+    scores = {group.key: torch.tensor(s, dtype=torch.float32) for group, s in groups_and_scores}
+    return build_chains(groups, scores, Limits(**limits)), scores
+
+
+def widths_left(chains):
+    return [chain.width - chain.num_units_removed for chain in chains]
+
+
+# --- chains -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple", "sizes"),
+    [
+        (4, 1, [1, 1, 1]),  # one unit stays
+        (1, 1, []),
+        (12, 4, [4, 4]),
+        (14, 4, [2, 4, 4]),  # first down to 12, then by 4
+        (5, 4, [1]),
+        (4, 4, []),
+        (3, 4, []),  # narrower than the multiple: stays as it is
+    ],
+)
+def test_blocks_lead_from_multiple_to_multiple(width, multiple, sizes):
+    (chain,), _ = chains_of((mlp(0, width), [1.0] * width), multiple=multiple)
+    assert chain.sizes.tolist() == sizes
+
+
+def test_the_multiple_is_for_neurons_only():
+    (chain,), _ = chains_of((attention(0, 4), [1, 2, 3, 4]), multiple=8)
+    assert chain.sizes.tolist() == [1, 1, 1]
+
+
+def test_density_is_importance_per_parameter_of_the_units_that_leave_together():
+    (chain,), _ = chains_of((mlp(0, 6, cost=5), [6, 1, 4, 2, 9, 7]), multiple=2)
+    # In the order in which they leave: 1, 2 | 4, 6 | (7, 9 stay); 10 parameters per block.
+    assert chain.density.tolist() == [3 / 10, 10 / 10]
+
+
+def test_density_never_falls_along_a_chain():
+    # A sum of ten times 0.1 is not ten times a sum of one; yet no block may overtake another.
+    (chain,), _ = chains_of((mlp(0, 62, cost=7), [0.1] * 62), multiple=3)
+    assert all(a <= b for a, b in pairwise(chain.density.tolist()))
+
+
+def test_a_uniform_chain_takes_one_block_from_every_layer():
+    (chain,), scores = chains_of(
+        (mlp(0, 3, cost=2), [5, 1, 3]), (mlp(1, 3, cost=4), [10, 20, 0]), uniform=True
+    )
+    assert chain.members == [(0, "mlp"), (1, "mlp")]
+    assert chain.unit_cost == 6
+    # The least of both leave first: 1 and 0, then 3 and 10.
+    assert chain.density.tolist() == pytest.approx([1 / 6, 13 / 6])
+    chain.removed = 1
+    masks = keep_masks([chain], scores)
+    assert masks[0, "mlp"].tolist() == [True, False, True]
+    assert masks[1, "mlp"].tolist() == [True, True, False]
+
+
+def test_a_uniform_layout_needs_equal_layers_to_start_from():
+    with pytest.raises(InvalidTarget, match=r"equal mlp width .* \[2, 3\].*--layout per-layer"):
+        chains_of((mlp(0, 3), [1, 2, 3]), (mlp(1, 2), [1, 2]), uniform=True)
+
+
+def test_what_may_not_be_cut_has_no_chain():
+    groups = [(mlp(0, 2), [1, 2]), (attention(0, 2), [1, 2]), (mlp(1, 2), [1, 2])]
+    assert [c.members for c in chains_of(*groups)[0]] == [[(0, "mlp")], [(0, "attention")], [(1, "mlp")]]
+    chains, _ = chains_of(*groups, kinds=frozenset({"mlp"}), protected_layers=frozenset({1}))
+    assert [chain.members for chain in chains] == [[(0, "mlp")]]
+
+
+@pytest.mark.parametrize(("width", "left"), [(14, 14), (13, 12), (12, 12), (5, 4), (4, 4), (0, 4)])
+def test_removing_down_to_a_width_takes_as_few_blocks_as_will_do(width, left):
+    (chain,), _ = chains_of((mlp(0, 14), [1.0] * 14), multiple=4)
+    chain.remove_down_to(width)
+    assert widths_left([chain]) == [left]
+
+
+# --- one ranking ------------------------------------------------------------------------------
+
+
+def test_the_least_importance_per_parameter_goes_first():
+    # Per parameter: neurons .1 .2 .3 .4 | .05 .25 .5; KV groups .15 1.
+    chains, scores = chains_of(
+        (mlp(0, 4, cost=10), [4, 2, 3, 1]),
+        (mlp(1, 3, cost=10), [0.5, 5, 2.5]),
+        (attention(0, 2, cost=20), [20, 3]),
+    )
+    remove_ranked(chains, 50)  # .05 .1 .15 .2: 10 + 10 + 20 + 10
+    assert removed_parameters(chains) == 50
+    masks = {key: mask.tolist() for key, mask in keep_masks(chains, scores).items()}
+    assert masks == {
+        (0, "mlp"): [True, False, True, False],
+        (1, "mlp"): [False, True, True],
+        (0, "attention"): [True, False],
+    }
+
+
+def test_groups_that_lose_nothing_have_no_mask():
+    chains, scores = chains_of((mlp(0, 3), [1, 2, 3]), (mlp(1, 3), [10, 20, 30]))
+    remove_ranked(chains, 2)
+    assert list(keep_masks(chains, scores)) == [(0, "mlp")]
+
+
+def test_what_is_removed_too_much_is_given_back_most_important_first():
+    # Ranked: .1 .2 .3 (neurons, 1 each), .35 (KV group, 10). Needed 10: all four, 3 too many. So
+    # the three neurons come back.
+    chains, _ = chains_of(
+        (mlp(0, 4), [0.1, 0.2, 0.3, 9]), (attention(0, 2, cost=10), [3.5, 99])
+    )
+    remove_ranked(chains, 10)
+    assert widths_left(chains) == [4, 1]
+    # Needed 12: 1 too many, and .3 is the most important that fits.
+    chains, _ = chains_of(
+        (mlp(0, 4), [0.1, 0.2, 0.3, 9]), (attention(0, 2, cost=10), [3.5, 99])
+    )
+    remove_ranked(chains, 12)
+    assert widths_left(chains) == [2, 1]
+
+
+def test_a_coarse_block_is_exchanged_for_finer_ones_that_meet_the_target():
+    # The KV group (10) ranks lowest. Needed 4: it is 6 too many, so four neurons go in its place.
+    chains, _ = chains_of(
+        (mlp(0, 8), [1, 2, 3, 4, 5, 6, 7, 8]), (attention(0, 2, cost=10), [1, 99])
+    )
+    remove_ranked(chains, 4)
+    assert widths_left(chains) == [4, 2]
+
+
+def test_a_coarse_block_stays_removed_where_finer_ones_do_not_suffice():
+    chains, _ = chains_of((mlp(0, 3), [1, 2, 3]), (attention(0, 2, cost=10), [1, 99]))
+    remove_ranked(chains, 4)  # only two neurons could go
+    assert widths_left(chains) == [3, 1]
+
+
+@pytest.mark.parametrize("needed", [0, -1, -100])
+def test_nothing_goes_when_nothing_is_needed(needed):
+    chains, scores = chains_of((mlp(0, 3), [1, 2, 3]), (attention(0, 2), [1, 2]))
+    remove_ranked(chains, needed)
+    tighten(chains, needed)
+    assert keep_masks(chains, scores) == {}
+
+
+def test_more_than_everything_cannot_be_removed():
+    chains, _ = chains_of((mlp(0, 3), [1, 2, 3]))
+    remove_ranked(chains, 2)
+    assert widths_left(chains) == [1]
+    chains, _ = chains_of((mlp(0, 3), [1, 2, 3]))
+    with pytest.raises(InvalidTarget, match="Only 2 parameters can be removed"):
+        remove_ranked(chains, 3)
+
+
+def test_equal_scores_leave_in_the_order_of_the_units():
+    chains, scores = chains_of((mlp(0, 5), [1, 1, 0, 1, 1]))
+    remove_ranked(chains, 3)
+    assert keep_masks(chains, scores)[0, "mlp"].tolist() == [False, False, False, True, True]
+
+
+# --- any shape --------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    groups: list[ToyGroup]
+    limits: Limits
+    seed: int
+    needed_share: float
+
+    def scores(self, groups, step=0):
+        """Few distinct values, so that there are ties."""
+        generator = torch.Generator().manual_seed(self.seed + step)
+        return {
+            g.key: torch.randint(0, 12, (g.num_units,), generator=generator) / 4 for g in groups
+        }
+
+
+@st.composite
+def cases(draw):
+    uniform = draw(st.booleans())
+    num_layers = draw(st.integers(1, 4))
+    neuron_cost, kv_cost = draw(st.integers(1, 9)), draw(st.integers(1, 60))
+    neurons, kv_groups = st.integers(1, 30), st.integers(1, 5)
+    if uniform:
+        neurons, kv_groups = st.just(draw(neurons)), st.just(draw(kv_groups))
+    groups = []
+    for layer in range(num_layers):
+        if uniform or draw(st.booleans()):
+            groups.append(attention(layer, draw(kv_groups), kv_cost))
+        groups.append(mlp(layer, draw(neurons), neuron_cost))
+    kinds = draw(st.sampled_from([{"mlp"}, {"attention"}, {"mlp", "attention"}]))
+    protected = set() if uniform else draw(st.sets(st.integers(0, num_layers - 1)))
+    limits = Limits(frozenset(kinds), frozenset(protected), draw(st.integers(1, 8)), uniform)
+    return Case(groups, limits, draw(st.integers(0, 2**31)), draw(st.floats(0, 1)))
+
+
+def nearest_possible(chains, needed):
+    """The smallest number of parameters, at least `needed`, that any choice of blocks removes."""
+    sums = {0}
+    for chain in chains:
+        taken = [0, *(torch.cumsum(chain.sizes, dim=0) * chain.unit_cost).tolist()]
+        sums = {a + b for a in sums for b in taken}
+    return min(total for total in sums if total >= needed)
+
+
+def smallest_block(chains, limits):
+    """One unit, one multiple, or one of either from every layer."""
+    sizes = [limits.multiple if chain.members[0][1] == "mlp" else 1 for chain in chains]
+    return min(size * chain.unit_cost for size, chain in zip(sizes, chains, strict=True))
+
+
+def assert_sound(case, chains, scores, needed):
+    """What holds for any allocation: the target is met, no limit is passed."""
+    removed = removed_parameters(chains)
+    assert removed >= needed
+    if removed - needed >= smallest_block(chains, case.limits):
+        assert removed == nearest_possible(chains, needed)
+    masks = keep_masks(chains, scores)
+    by_key = {group.key: group for group in case.groups}
+    assert removed == sum(int((~m).sum()) * by_key[key].unit_cost for key, m in masks.items())
+    for (layer, kind), mask_U in masks.items():
+        assert kind in case.limits.kinds
+        assert layer not in case.limits.protected_layers
+        multiple = case.limits.multiple if kind == "mlp" else 1
+        assert mask_U.sum() >= multiple
+        assert mask_U.sum() % multiple == 0
+        score_U = scores[layer, kind]
+        assert score_U[~mask_U].max() <= score_U[mask_U].min()
+    if case.limits.uniform:
+        for kind in case.limits.kinds:
+            left = {int(mask_U.sum()) for (_, other), mask_U in masks.items() if other == kind}
+            assert len(left) <= 1
+            count = sum(other == kind for _, other in masks)
+            assert count in (0, len({group.layer for group in case.groups}))
+
+
+@given(cases())
+@settings(max_examples=300, deadline=None)
+def test_one_ranking_meets_any_target_within_the_smallest_block(case):
+    scores = case.scores(case.groups)
+    chains = build_chains(case.groups, scores, case.limits)
+    needed = math.ceil(case.needed_share * removable_parameters(chains))
+    if needed:
+        remove_ranked(chains, needed)
+        assert_sound(case, chains, scores, needed)
+
+
+@given(cases(), st.integers(1, 6), st.sampled_from([0.0, 0.02, 0.2, 1.0]))
+@settings(max_examples=150, deadline=None)
+def test_the_adaptive_rule_meets_any_target_within_the_smallest_block(case, steps, amplitude):
+    groups, removed_before = case.groups, 0
+    everything = removable_parameters(build_chains(groups, case.scores(groups), case.limits))
+    target = math.ceil(case.needed_share * everything)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps, amplitude)
+    done, step = target == 0, 0
+    while not done:
+        step += 1
+        scores = case.scores(groups, step)
+        chains = build_chains(groups, scores, case.limits)
+        generator = torch.Generator().manual_seed(case.seed + step)
+        importance = (2 * torch.rand(len(schedule.sparsity), generator=generator) - 1).tolist()
+        needed = target - removed_before
+        done = schedule.advance(chains, needed, importance, case.limits.uniform)
+        assert step <= 10 * steps
+        case.groups = groups
+        if done:
+            assert_sound(case, chains, scores, needed)
+        else:
+            assert removed_parameters(chains) < needed
+        removed_before += removed_parameters(chains)
+        left = {key: int(mask_U.sum()) for key, mask_U in keep_masks(chains, scores).items()}
+        groups = [
+            ToyGroup(g.layer, g.kind, left.get(g.key, g.num_units), g.unit_cost) for g in groups
+        ]
+
+
+# --- the paper's rule -------------------------------------------------------------------------
+
+
+def neurons_per_layer(*widths):
+    groups = [mlp(layer, width) for layer, width in enumerate(widths)]
+    return groups, [(group, [1.0] * group.num_units) for group in groups]
+
+
+def test_sparsity_grows_by_equation_6_relative_to_the_original_widths():
+    groups, scored = neurons_per_layer(10, 10, 10)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=4, amplitude=0.1)
+    chains, _ = chains_of(*scored)
+    assert not schedule.advance(chains, 27, [1.0, 0.0, -0.5], uniform=False)
+    # 1/4 - 0.1 * importance
+    assert schedule.sparsity == pytest.approx([0.15, 0.25, 0.3])
+    assert widths_left(chains) == [8, 7, 7]  # 8.5, 7.5, 7 rounded down
+    _, scored = neurons_per_layer(8, 7, 7)
+    chains, _ = chains_of(*scored)
+    assert not schedule.advance(chains, 19, [-1.0, 1.0, 0.0], uniform=False)
+    assert schedule.sparsity == pytest.approx([0.5, 0.4, 0.55])
+    assert widths_left(chains) == [5, 6, 4]  # of 10 neurons each, not of 8, 7, 7
+
+
+def test_sparsity_is_clipped_at_0_and_at_099():
+    groups, scored = neurons_per_layer(200, 200)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.8)
+    chains, _ = chains_of(*scored)
+    assert not schedule.advance(chains, 300, [1.0, -1.0], uniform=False)
+    assert schedule.sparsity == [0.0, 0.99]  # 0.5 - 0.8 and 0.5 + 0.8
+    assert widths_left(chains) == [200, 2]
+
+
+def test_attention_and_mlp_of_a_layer_share_its_sparsity():
+    groups = [attention(0, 8), mlp(0, 100), attention(1, 8), mlp(1, 100)]
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.25)
+    chains, _ = chains_of(*[(group, [1.0] * group.num_units) for group in groups])
+    assert not schedule.advance(chains, 10_000, [1.0, -1.0], uniform=False)
+    assert widths_left(chains) == [6, 75, 2, 25]
+
+
+def test_a_uniform_layout_takes_the_mean_sparsity():
+    groups, scored = neurons_per_layer(100, 100)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=4, amplitude=1.0)
+    chains, _ = chains_of(*scored, uniform=True)
+    assert not schedule.advance(chains, 199, [1.0, -1.0], uniform=True)
+    # Clipped to 0 and 0.99 (0.25 - 1 and 0.25 + 1), 0.495 on average.
+    assert schedule.sparsity == pytest.approx([0.495, 0.495])
+    assert widths_left(chains) == [50]
+
+
+@pytest.mark.parametrize(
+    ("needed", "left"),
+    [
+        (100, [60, 40]),  # the whole step: 0.5 -/+ 0.1
+        (50, [80, 70]),  # half of it: 0.2 and 0.3
+        (20, [92, 88]),  # a fifth: 0.08 and 0.12
+    ],
+)
+def test_the_last_step_is_shortened_to_meet_the_target(needed, left):
+    groups, scored = neurons_per_layer(100, 100)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.1)
+    chains, _ = chains_of(*scored)
+    assert schedule.advance(chains, needed, [1.0, -1.0], uniform=False)
+    assert widths_left(chains) == left
+
+
+def test_a_shortened_step_gives_back_its_most_important_units():
+    groups = [mlp(0, 100), mlp(1, 100)]
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.1)
+    chains, _ = chains_of((groups[0], [1.0] * 100), (groups[1], [2.0] * 100))
+    # Both layers reach 74 neurons at the same moment, 52 fewer; one of layer 1 comes back.
+    assert schedule.advance(chains, 51, [0.0, 0.0], uniform=False)
+    assert widths_left(chains) == [74, 75]
+
+
+def test_targets_beyond_the_rule_are_met_by_ranking():
+    groups, scored = neurons_per_layer(200, 200)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=1, amplitude=0.0)
+    chains, _ = chains_of(*scored)
+    assert schedule.advance(chains, 397, [0.0, 0.0], uniform=False)  # 0.99 leaves 2 + 2
+    assert sum(widths_left(chains)) == 3
+
+
+# --- targets ----------------------------------------------------------------------------------
+
+ANATOMY = ToyAnatomy([mlp(0, 10, cost=40), attention(0, 4, cost=100)], 1000, 800)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "target"),
+    [(0, 1000), (0.2, 840), (0.25, 800), (0.001, 999), (0.00125, 999), (0.5, 600), (0.7, 440)],
+)
+def test_sparsity_is_a_share_of_the_decoder_layers(sparsity, target):
+    assert resolve_target(ANATOMY, sparsity, None) == target
+
+
+@pytest.mark.parametrize("params", [1000, 999, 1])
+def test_params_are_of_the_whole_model(params):
+    assert resolve_target(ANATOMY, None, params) == params
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "params", "message"),
+    [
+        (20, None, r"got 20\. Did you mean 0\.2\?"),
+        (1.0, None, r"\[0, 1\); got 1\."),
+        (-0.1, None, r"got -0\.1\.$"),
+        (200, None, r"got 200\.$"),
+        (float("nan"), None, r"got nan\.$"),
+        (None, 1001, r"1,001 parameters is above the model's 1,000\. Name a smaller one"),
+        (None, None, "--sparsity 0.2, or --params 350M"),
+        (0.2, 500, "Give the target once"),
+    ],
+)
+def test_malformed_targets_say_what_to_do(sparsity, params, message):
+    with pytest.raises(InvalidTarget, match=message):
+        resolve_target(ANATOMY, sparsity, params)
+
+
+def test_a_target_below_what_is_possible_is_refused():
+    # At least one neuron and one KV group stay: 9 * 40 + 3 * 100 = 660 can go.
+    toy = ToyAnatomy(ANATOMY.groups, 1000, 800)
+    toy.other_parameters = 200
+    check_reachable(toy, 340, Limits())
+    with pytest.raises(InvalidTarget, match=r"339 .* has 340 \(sparsity 0\.8250\), of which 200 "):
+        check_reachable(toy, 339, Limits())
+    check_reachable(toy, 640, Limits(kinds=frozenset({"mlp"})))
+    with pytest.raises(InvalidTarget, match="below what is possible"):
+        check_reachable(toy, 639, Limits(kinds=frozenset({"mlp"})))
+    check_reachable(toy, 680, Limits(kinds=frozenset({"mlp"}), multiple=2))
+    with pytest.raises(InvalidTarget, match="allow more to be cut"):
+        check_reachable(toy, 999, Limits(protected_layers=frozenset({0})))
+
+
+def test_costs_of_a_real_model():
+    anatomy = find_anatomy(build("llama"))
+    costs = {group.key: group.unit_cost for group in anatomy.groups}
+    # A neuron: gate and up rows of 64 with a bias each, a down column of 64. A KV group: 16 + 8 + 8
+    # rows of 64 with a bias each, 16 columns of 64.
+    assert costs == {
+        key: {"mlp": 3 * 64 + 2, "attention": 48 * 64 + 32}[key[1]] for key in costs
+    }
+    # Layers: all units, the biases of the two output projections, two norms.
+    assert anatomy.layer_parameters == NUM_LAYERS * (96 * 194 + 4 * 3104 + 4 * 64)
+    assert anatomy.other_parameters == 2 * 128 * 64 + 64  # embedding, head, last norm

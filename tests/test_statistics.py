@@ -1,0 +1,466 @@
+"""What one pass over the calibration windows gathers, against plain autograd and plain loops."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from picomodels import INTERMEDIATE_SIZE, NUM_LAYERS, PICO, build, random_tokens
+from torch import nn
+
+from adapt_pruner.anatomy import find_anatomy
+from adapt_pruner.errors import NonFiniteError
+from adapt_pruner.statistics import Distance, Pass, Statistics, Wants, collect, prunable_matrices
+
+EVERYTHING = Wants.WEIGHT_GRADIENTS | Wants.FISHER | Wants.UNIT_GRADIENTS | Wants.GRAM
+WINDOWS = random_tokens(batch=5, length=12)
+TABLES = ("unit_gradient_abs", "unit_gradient_squared", "gram", "fisher")
+
+
+def close(actual, expected, tolerance=1e-4):
+    """Equal up to float32 rounding, relative to the largest entry."""
+    expected = torch.as_tensor(expected).double()
+    limit = tolerance * float(expected.abs().max())
+    torch.testing.assert_close(torch.as_tensor(actual).double(), expected, rtol=0, atol=limit)
+
+
+def window_loss(model, window_T):
+    """Mean cross-entropy of the next token in one window, in the model's own precision."""
+    logits_TV = model(input_ids=window_T[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits_TV[:-1], window_T[1:])
+
+
+class Gates:
+    """A multiplicative gate on every unit, put where transformers computes the unit's activation:
+    on the value head that a KV group's query heads read, and on the input of the MLP's output."""
+
+    def __init__(self, model):
+        anatomy = find_anatomy(model)
+        names = anatomy.architecture
+        self.of = {g.key: torch.ones(g.num_units, dtype=torch.float64) for g in anatomy.groups}
+        for (i, kind), gate_U in self.of.items():
+            layer = anatomy.layers[i]
+            if kind == "mlp":
+                layer.get_submodule(names.mlp_output).register_forward_pre_hook(
+                    lambda _, args, gate_U=gate_U: (args[0] * gate_U,)
+                )
+                continue
+            attention = layer.get_submodule(names.attention)
+            values = attention.get_submodule(names.qkv[-1])
+            values.register_forward_hook(self._on_values(gate_U, attention.head_dim))
+
+    @staticmethod
+    def _on_values(gate_U, head_dim):
+        def hook(module, args, output):
+            gate = gate_U.repeat_interleave(head_dim)  # values come last in a fused projection
+            rest = torch.ones(output.shape[-1] - len(gate), dtype=gate.dtype)
+            return output * torch.cat([rest, gate])
+
+        return hook
+
+
+def gate_gradients(model, windows_BT):
+    """Per group (B, U): gradient of each window's loss to each unit's gate, by plain autograd."""
+    gates = list(Gates(model).of.items())
+    for _, gate_U in gates:
+        gate_U.requires_grad_()
+    rows = [
+        torch.autograd.grad(window_loss(model, window_T), [gate_U for _, gate_U in gates])
+        for window_T in windows_BT
+    ]
+    columns = zip(*rows, strict=True)
+    return {key: torch.stack(column) for (key, _), column in zip(gates, columns, strict=True)}
+
+
+def snapshot(model, wants=EVERYTHING, windows_BT=WINDOWS, **how):
+    """Everything that a pass finds, as float64 tensors by name."""
+    anatomy = find_anatomy(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with collect(model, anatomy, windows_BT, wants, Pass(**how)) as found:
+        result = {"loss": found.loss, "layer_distance": found.layer_distance}
+        for table in TABLES:
+            for key, value in getattr(found, table).items():
+                result[table, names.get(key, key)] = value
+        if wants.of_weights:
+            for matrix in prunable_matrices(anatomy):
+                result["gradient", names[matrix]] = matrix.grad.clone()
+    return {name: torch.as_tensor(value).double() for name, value in result.items()}
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        try:
+            close(actual[name], value)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+# --- unit gradients ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", PICO)
+def test_unit_gradients_are_gradients_of_gates(model_type):
+    # Behind OLMo's clamp a gate on the value head would not be a gate on what heads read of it.
+    model = build(model_type, **({"clip_qkv": None} if model_type == "olmo" else {}))
+    anatomy = find_anatomy(model)
+    with collect(model, anatomy, WINDOWS, Wants.UNIT_GRADIENTS) as found:
+        pass
+    for key, gradient_BU in gate_gradients(model, WINDOWS).items():
+        assert gradient_BU.abs().max() > 1e-4
+        close(found.unit_gradient_abs[key], gradient_BU.abs().mean(dim=0))
+        close(found.unit_gradient_squared[key], gradient_BU.square().mean(dim=0))
+
+
+@pytest.mark.parametrize("model_type", ["phi", "starcoder2", "gpt_neox"])  # float64 throughout
+def test_unit_gradients_are_finite_differences_of_gates(model_type):
+    model, window = build(model_type), WINDOWS[:1]
+    with collect(model, find_anatomy(model), window, Wants.UNIT_GRADIENTS) as found:
+        pass
+    step = 1e-4
+    for key, gate_U in Gates(model).of.items():
+        differences = []
+        for u in range(4):
+            losses = []
+            for gate in (1 + step, 1 - step):
+                gate_U[u] = gate
+                with torch.no_grad():
+                    losses.append(window_loss(model, window[0]).item())
+            gate_U[u] = 1
+            differences.append(abs(losses[0] - losses[1]) / (2 * step))
+        close(found.unit_gradient_abs[key][:4], differences)
+
+
+# --- weights, Gram matrices, layers -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "olmo2", "lfm2"])
+def test_weight_gradients_and_fisher_are_means_over_windows(model_type):
+    model = build(model_type)
+    found = snapshot(model, Wants.FISHER)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    matrices = list(prunable_matrices(find_anatomy(model)))
+    rows = [torch.autograd.grad(window_loss(model, w), matrices) for w in WINDOWS]
+    for matrix, gradients in zip(matrices, zip(*rows, strict=True), strict=True):
+        gradient_B = torch.stack(gradients)
+        close(found["gradient", names[matrix]], gradient_B.mean(dim=0))
+        close(found["fisher", names[matrix]], gradient_B.square().mean(dim=0))
+
+
+def test_the_loss_is_the_mean_over_windows():
+    model = build("llama")
+    losses = [window_loss(model, window_T).item() for window_T in WINDOWS]
+    with collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS) as found:
+        assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+        assert (found.num_windows, found.num_tokens) == (5, 60)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "lfm2", "gpt_neox"])
+@pytest.mark.parametrize("wants", [Wants.GRAM, Wants.GRAM | Wants.UNIT_GRADIENTS])
+def test_gram_matrices_are_of_the_inputs_of_output_projections(model_type, wants):
+    model = build(model_type)
+    anatomy = find_anatomy(model)
+    inputs = {group.key: [] for group in anatomy.groups}
+    with ExitStack() as hooks, torch.no_grad():
+        for group in anatomy.groups:
+            handle = group.output_projection.register_forward_pre_hook(
+                lambda _, args, key=group.key: inputs[key].append(args[0])
+            )
+            hooks.callback(handle.remove)
+        for window_T in WINDOWS:
+            model(input_ids=window_T[None], use_cache=False)
+    with collect(model, anatomy, WINDOWS, wants, Pass(micro_batch_size=2)) as found:
+        assert found.gram.keys() == inputs.keys()
+        for key, seen in inputs.items():
+            x_NC = torch.cat(seen).flatten(0, 1)
+            close(found.gram[key], x_NC.T @ x_NC)
+
+
+def distance_by_hand(distance, x_BTD, y_BTD):
+    if distance is Distance.COSINE:
+        norms = x_BTD.square().sum(-1).sqrt() * y_BTD.square().sum(-1).sqrt()
+        return -((x_BTD * y_BTD).sum(-1) / norms).mean()
+    moved = y_BTD - x_BTD
+    if distance is Distance.EUCLIDEAN:
+        return moved.square().sum(-1).sqrt().mean()
+    return moved.abs().sum(-1).mean()
+
+
+@pytest.mark.parametrize("distance", Distance)
+def test_layer_distances_come_from_the_residual_stream(distance):
+    model = build("llama")
+    model.model.norm = nn.Identity()  # else the last hidden state is a normalised one
+    with torch.no_grad():
+        states = model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
+    expected = [distance_by_hand(distance, x, y) for x, y in zip(states, states[1:], strict=False)]
+    assert len(expected) == NUM_LAYERS
+    anatomy = find_anatomy(model)
+    with collect(model, anatomy, WINDOWS, Wants.NOTHING, Pass(2, distance=distance)) as found:
+        assert found.layer_distance == pytest.approx([x.item() for x in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", PICO)
+def test_every_architecture_shows_its_residual_stream(model_type):
+    model = build(model_type)
+    with torch.no_grad():
+        states = model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
+    expected = [
+        distance_by_hand(Distance.COSINE, x, y).item()
+        for x, y in zip(states[:-2], states[1:-1], strict=True)
+    ]
+    with collect(model, find_anatomy(model), WINDOWS, Wants.NOTHING) as found:
+        assert found.layer_distance[:-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_cosine_of_one_is_a_distance_of_minus_one():
+    x_BTD = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    assert Distance.COSINE.between(x_BTD, 2 * x_BTD).item() == pytest.approx(-1)
+    turned = torch.tensor([[[-4.0, 3.0], [1.0, 0.0]]])  # cosines 0 and 1, moved by (-7, -1) and 0
+    assert Distance.COSINE.between(x_BTD, turned).item() == pytest.approx(-0.5)
+    assert Distance.EUCLIDEAN.between(x_BTD, turned).item() == pytest.approx(50**0.5 / 2)
+    assert Distance.MANHATTAN.between(x_BTD, turned).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("distances", "importance"),
+    [
+        ([-0.9, -0.6, -0.3], [-1, 0, 1]),  # mean -0.6, largest 0.3
+        ([1.0, 2.0, 6.0], [-2 / 3, -1 / 3, 1]),  # mean 3, largest 3
+        ([-5.0, 1.0, 1.0], [-1, 0.5, 0.5]),  # mean -1, largest 4
+        ([0.25, 0.25], [0, 0]),
+        ([-0.8], [0]),
+    ],
+)
+def test_layer_importance_has_mean_0_and_largest_size_1(distances, importance):
+    assert Statistics(layer_distance=distances).layer_importance == pytest.approx(importance)
+
+
+# --- results do not depend on how the pass runs -----------------------------------------------
+
+
+@pytest.mark.parametrize("wants", [EVERYTHING & ~Wants.FISHER, Wants.GRAM, Wants.NOTHING])
+def test_the_micro_batch_size_does_not_matter(wants):
+    model = build("llama")
+    one_by_one = snapshot(model, wants, micro_batch_size=1)
+    for size in (2, 5, 8, None):
+        assert_same(snapshot(model, wants, micro_batch_size=size), one_by_one)
+
+
+def test_results_do_not_depend_on_what_else_is_wanted():
+    model = build("qwen3")
+    everything = snapshot(model, EVERYTHING)
+    for wants in (Wants.WEIGHT_GRADIENTS, Wants.FISHER, Wants.UNIT_GRADIENTS):
+        alone = snapshot(model, wants)
+        assert_same(alone, {name: everything[name] for name in alone})
+
+
+@pytest.mark.parametrize("model_type", PICO)
+def test_gradient_checkpointing_changes_nothing(model_type):
+    model = build(model_type)
+    expected = snapshot(model)
+    assert_same(snapshot(model, gradient_checkpointing=True), expected)
+    assert not checkpoints(model)
+
+
+@pytest.mark.parametrize("wants", [Wants.UNIT_GRADIENTS, Wants.UNIT_GRADIENTS | Wants.GRAM])
+def test_gradient_checkpointing_keeps_no_activations_of_neurons(wants):
+    model, alive = build("llama"), []
+
+    def count(module, args):
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dim() == 3]
+        alive.append(sum(t.shape[-1] == INTERMEDIATE_SIZE for t in found))
+
+    model.lm_head.register_forward_pre_hook(count)  # between the layers and the backward pass
+    how = Pass(gradient_checkpointing=True)
+    with collect(model, find_anatomy(model), WINDOWS, wants, how):
+        assert alive == [0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dropouts"),
+    [
+        ("llama", ["attention_dropout"]),
+        ("phi", ["attention_dropout", "resid_pdrop", "embd_pdrop"]),
+        ("phi3", ["attention_dropout", "resid_pdrop", "embd_pdrop"]),
+        ("starcoder2", ["attention_dropout", "residual_dropout", "embedding_dropout"]),
+        ("seed_oss", ["attention_dropout", "residual_dropout"]),
+        ("gpt_neox", ["attention_dropout", "hidden_dropout"]),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_there_is_no_dropout_while_scoring(model_type, dropouts, checkpointing):
+    expected = snapshot(build(model_type), Wants.UNIT_GRADIENTS)
+    model = build(model_type, **dict.fromkeys(dropouts, 0.5)).train()
+    found = snapshot(model, Wants.UNIT_GRADIENTS, gradient_checkpointing=checkpointing)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("failing_calls", "found_size"), [((1, 2), 42), ((2,), 85)])
+def test_the_micro_batch_is_halved_when_memory_runs_out(failing_calls, found_size):
+    model, wants = build("llama"), EVERYTHING & ~Wants.FISHER
+    expected = snapshot(model, wants)
+    calls = []
+
+    def run_out(module, args):
+        calls.append(args)
+        if len(calls) in failing_calls:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.lm_head.register_forward_pre_hook(run_out)
+    how, anatomy = Pass(), find_anatomy(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with collect(model, anatomy, WINDOWS.repeat(36, 1), wants, how) as found:  # starts with 170
+        for key, value in found.unit_gradient_abs.items():
+            close(value, expected["unit_gradient_abs", key])
+            close(found.gram[key] / 36, expected["gram", key])
+        for matrix in prunable_matrices(anatomy):
+            close(matrix.grad, expected["gradient", names[matrix]])
+        assert found.layer_distance == pytest.approx(expected["layer_distance"].tolist())
+    assert how.micro_batch_size == found_size
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory():
+    model = build("llama")
+    model.lm_head.register_forward_pre_hook(lambda module, args: torch.zeros(2) @ torch.zeros(3))
+    with (
+        pytest.raises(RuntimeError, match="size"),
+        collect(model, find_anatomy(model), WINDOWS, Wants.GRAM),
+    ):
+        pass
+
+
+def test_progress_is_reported_up_to_the_last_window():
+    model, done = build("llama"), []
+    with collect(model, find_anatomy(model), WINDOWS, Wants.GRAM, Pass(2), done.append):
+        assert done == [2, 4, 5]
+
+
+# --- the model is left as it was --------------------------------------------------------------
+
+
+def checkpoints(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def state_of(model):
+    """Whatever scoring could leave behind."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "parameters": [
+            (p, p.grad, p.requires_grad, bool(p._backward_hooks), p._post_accumulate_grad_hooks)
+            for p in model.parameters()
+        ],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "values": [p.detach().clone() for p in model.parameters()],
+        "training": [module.training for module in model.modules()],
+        "hooks": [len(getattr(m, name)) for m in model.modules() for name in hooks],
+        "checkpointing": checkpoints(model),
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+def assert_unchanged(model, before):
+    after = state_of(model)
+    for (p, grad, *rest), (q, old_grad, *old_rest) in zip(
+        after.pop("parameters"), before["parameters"], strict=True
+    ):
+        assert p is q
+        assert grad is old_grad
+        assert [rest[0], rest[1], bool(rest[2])] == [old_rest[0], old_rest[1], bool(old_rest[2])]
+    for name in ("gradients", "values"):
+        for new, old in zip(after.pop(name), before[name], strict=True):
+            assert (new is None and old is None) or torch.equal(new, old)
+    assert after == {name: before[name] for name in after}
+
+
+def used_model():
+    """A model in the middle of somebody's training: gradients, frozen weights, mixed modes."""
+    model = build("llama").train()
+    model.model.layers[1].eval()
+    model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
+    model.model.layers[0].mlp.up_proj.weight.grad = None
+    return model
+
+
+RUNS = [
+    (wants, checkpointing)
+    for wants in (EVERYTHING, Wants.UNIT_GRADIENTS, Wants.GRAM, Wants.NOTHING)
+    for checkpointing in (False, True)
+]
+
+
+@pytest.mark.parametrize(("wants", "checkpointing"), RUNS)
+def test_the_model_is_as_before_afterwards(wants, checkpointing):
+    model = used_model()
+    before = state_of(model)
+    how = Pass(gradient_checkpointing=checkpointing)
+    with collect(model, find_anatomy(model), WINDOWS, wants, how):
+        assert not model.training
+    assert_unchanged(model, before)
+
+
+def test_gradient_checkpointing_that_was_on_stays_on():
+    model = build("llama").train()
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+    for checkpointing in (False, True):
+        how = Pass(gradient_checkpointing=checkpointing)
+        with collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS, how):
+            pass
+        assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(("wants", "checkpointing"), RUNS)
+@pytest.mark.parametrize("where", ["in the pass", "in the block"])
+def test_the_model_is_as_before_after_an_exception(wants, checkpointing, where):
+    model = used_model()
+    before = state_of(model)
+
+    def on_progress(done):
+        if where == "in the pass":
+            raise KeyboardInterrupt
+
+    how = Pass(micro_batch_size=2, gradient_checkpointing=checkpointing)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        collect(model, find_anatomy(model), WINDOWS, wants, how, on_progress),
+    ):
+        raise KeyboardInterrupt
+    assert_unchanged(model, before)
+
+
+# --- unsound models ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.UNIT_GRADIENTS, Wants.GRAM])
+@pytest.mark.parametrize("where", ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_weights_that_are_not_finite_are_an_error(value, wants, where):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(where).weight[0, 0] = value
+    before = state_of(model)
+    with (
+        pytest.raises(NonFiniteError, match="NaN|nan"),
+        collect(model, find_anatomy(model), WINDOWS, wants),
+    ):
+        pytest.fail("scores of a broken model")
+    after = state_of(model)
+    assert after["training"] == before["training"]
+    assert after["hooks"] == before["hooks"]
+
+
+def test_the_error_names_the_layer_that_breaks():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+    with (
+        pytest.raises(NonFiniteError, match="layer 1"),
+        collect(model, find_anatomy(model), WINDOWS, Wants.NOTHING),
+    ):
+        pass
