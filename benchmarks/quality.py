@@ -26,12 +26,10 @@ PLAIN = {"compensation": "none", "allocation": "adaptive", "amplitude": 0.0}
 VARIANTS = {
     "random": {"importance": "random", **PLAIN},
     "magnitude-l2": {"importance": "magnitude-l2", **PLAIN},
-    "paper, uniform (A = 0)": {"preset": "paper", "amplitude": 0.0},
+    "paper with A = 0 (uniform)": {"preset": "paper", "amplitude": 0.0},
     "paper": {"preset": "paper"},
-    "paper + refit": {"preset": "paper", "compensation": "refit"},
-    "activation-fisher, global": {"importance": "activation-fisher", "compensation": "none"},
-    "activation-fisher, global + refit": {"importance": "activation-fisher"},
-    "best (residual-fisher, global + refit)": {},
+    "activation-fisher + refit": {"importance": "activation-fisher"},
+    "best": {},
 }
 
 
@@ -43,7 +41,7 @@ def main() -> None:
     parser.add_argument("--sparsities", default="0.2,0.4,0.6")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=100)
-    parser.add_argument("--only", default="", help="part of the names of the variants to run")
+    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -69,7 +67,7 @@ def main() -> None:
     print("| --- |" + " --- |" * (len(sparsities) + 1))
     data = {}
     for name, changes in VARIANTS.items():
-        if arguments.only not in name:
+        if name not in arguments.only.split(","):
             continue
         row: dict = {"variant": name, "perplexity": {}, "parameters": {}}
         began = time.perf_counter()

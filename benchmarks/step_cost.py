@@ -28,7 +28,7 @@ from adapt_pruner.data import CalibrationData
 from adapt_pruner.methods import METHODS
 from adapt_pruner.report.account import versions
 from adapt_pruner.settings import make_settings
-from adapt_pruner.statistics import _sum_of_window_losses, prunable_matrices
+from adapt_pruner.statistics import prunable_matrices
 
 SHAPES = {  # hidden size, MLP width, layers, query heads, KV heads
     "10M": (256, 704, 8, 8, 4),
@@ -70,10 +70,8 @@ def calibration_for(model, windows: int) -> CalibrationData:
 def pass_over(model, windows_BT: torch.Tensor, micro_batch: int) -> None:
     """The yardstick: forward and backward, gradients of whatever requires them."""
     for batch_BT in windows_BT.split(micro_batch):
-        logits = model(input_ids=batch_BT.to(model.device), use_cache=False).logits
-        loss = _sum_of_window_losses(logits, batch_BT)
-        del logits
-        loss.backward()
+        batch_BT = batch_BT.to(model.device)
+        model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss.backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -82,9 +80,11 @@ def only_matrices_require_gradients(model, weights: bool) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in wanted)
     if not weights:
-        model.model.layers[0].register_forward_pre_hook(
-            lambda module, args: args[0].requires_grad_() and None
-        )
+        model.model.layers[0].register_forward_pre_hook(require_gradient)
+
+
+def require_gradient(module, args) -> None:
+    args[0].requires_grad_()
 
 
 def one_step(model, windows: int, variant: str) -> dict[str, float]:

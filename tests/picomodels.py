@@ -167,7 +167,7 @@ def build(
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Draw matrices with variance 1 / inputs; shift vectors, which start at 0 or 1, by 0.3 randn."""
+    """Draw matrices of variance 1 / inputs; move vectors, which start at 0 or 1, by 0.3 * randn."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -281,6 +281,12 @@ class TestCheckBeforeWork:
         assert "--overwrite" in message
         assert is_untouched(existing)
 
+    def test_demo_replaces_nothing_but_results(self, cli, existing):
+        done = cli("demo", "-o", existing)
+        assert done.status == 1
+        assert f"'{existing}' exists and is not empty" in done.err
+        assert is_untouched(existing)
+
     def test_too_little_space(self, cli, llama, existing, monkeypatch):
         monkeypatch.setattr(
             # 91,558 parameters of four bytes are 366,232 bytes.

@@ -237,6 +237,15 @@ def test_recipe_holds_target_and_settings(llama_checkpoint, llama_result):
     assert recipe == {"allocation": "adaptive", "steps": 4, "amplitude": 0.05}
 
 
+@pytest.mark.xfail(strict=True, reason="api.prune does not put its calibration into the settings")
+def test_recipe_names_the_text_that_was_read(tokenizer, text_file):
+    result = prune(
+        build("llama", torch.float32), tokenizer, sparsity=0.1, calibration=text_file,
+        windows=4, window_length=12, steps=1,
+    )  # fmt: skip
+    assert result.record()["settings"]["calibration"] == str(text_file)
+
+
 def test_tokenizer_comes_along(llama_checkpoint, tokenizer):
     text = "the first of many"
     assert AutoTokenizer.from_pretrained(llama_checkpoint)(text).input_ids == (
@@ -264,7 +273,7 @@ def test_deep_copy_is_the_same_model(llama_checkpoint):
 
 @indivisible
 def test_layers_that_happen_to_be_alike(calibration, no_pictures, tmp_path):
-    result = pruned("llama", calibration, amplitude=0.0)
+    result = pruned("llama", calibration, amplitude=0.0, sparsity=0.2)
     assert {widths["num_attention_heads"] for widths in result.widths_after} == {6}
     result.save(tmp_path / "alike")
     expected = logits_of(result.model, tokens())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapt_pruner import __version__, find_anatomy, perplexity
+from adapt_pruner.data.calibration import read_documents
 from adapt_pruner.loading import load_model, load_tokenizer
 from adapt_pruner.settings import PRESETS, PruneSettings
 from conftest import STORIES260K
@@ -26,7 +27,7 @@ from picomodels import INTERMEDIATE_SIZE, build, logits_of, random_tokens
 
 TINY = ("--windows", 8, "--window-length", 12, "--steps", 2)
 """Settings with which a picomodel is pruned in no time."""
-DENSE, IN_LAYERS = 110_336, 93_888
+DENSE, IN_LAYERS, OTHER = 110_336, 93_888, 16_448
 """Parameters of the tiny Llama: 3 layers, hidden 64, 8 query / 4 KV heads, 96 neurons, biases."""
 
 
@@ -83,8 +84,7 @@ class TestProgram:
         )
         assert module.stdout == script.stdout == f"adapt-pruner, version {__version__}\n"
 
-    def test_help_is_quick(self):
-        """No command is imported for the list of commands, and so no library either."""
+    def test_importing_the_program_imports_no_library(self):
         code = "import sys; from adapt_pruner.cli import main; main(['--version']); "
         code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
         done = subprocess.run(
@@ -100,14 +100,14 @@ class TestProgram:
             assert f"--{name.replace('_', '-')}" in text
             assert field.description
             assert field.description.split()[0] in text
-        for default in ("[default: residual-fisher]", "[default: 512;", "[default: automatic;"):
-            assert default in text
+        for default in ("(512)]", "(automatic)]", "(refit)]", "(0.02)]"):
+            assert f"[default: {default}" in text
 
     def test_no_arguments_show_the_help(self, cli):
         done = cli()
         assert done.status == 2
         assert done.err.startswith("Usage: adapt-pruner")
-        assert "error" not in done.err
+        assert "adapt-pruner: error" not in done.err
 
 
 class TestSize:
@@ -138,7 +138,8 @@ class TestSize:
         assert min(widths) < INTERMEDIATE_SIZE
 
     def test_protected_layers_stay_whole(self, prune, llama):
-        directory = prune("--protect-layers", "0,-1", "--compensation", "none")
+        flags = ("--protect-layers", "0,-1", "--compensation", "none")
+        directory = prune(*flags, target=("--sparsity", 0.2))
         before, after = (load_file(d / "model.safetensors") for d in (llama, directory))
         for name, tensor in after.items():
             whole = "layers.1." not in name or "norm" in name or "o_proj.bias" in name
@@ -158,12 +159,12 @@ class TestSize:
 
 
 class TestCalibration:
-    """The same documents give the same result in whatever form they come."""
+    """Text in whatever form it comes."""
 
-    @pytest.fixture
-    def expected(self, prune) -> Path:
-        # One window per document, whole: the order in which readers shuffle does not matter.
-        return prune("--windows", 1, "--seed", 3, output="expected")
+    @pytest.fixture(autouse=True)
+    def no_waiting(self, monkeypatch):
+        """datasets sleeps five seconds after reading parquet, because of a bug in Arrow."""
+        monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
     def rows(self, documents, column: str) -> list[dict]:
         return [{"id": i, column: text} for i, text in enumerate(documents)]
@@ -195,8 +196,6 @@ class TestCalibration:
         (data / "c.txt").write_text("\n<|endoftext|>\n".join(documents[20:]), encoding="utf-8")
         (data / "empty.jsonl").touch()
         (data / "notes.md").write_text("not text for calibration")
-        from adapt_pruner.data.calibration import read_documents
-
         assert sorted(read_documents(str(data))) == sorted(documents)
         done = cli(
             "prune", llama, "-o", tmp_path / "out", "--sparsity", 0.3, *TINY, "--calibration", data
@@ -208,19 +207,11 @@ class TestCalibration:
         other.write_text(text_file.read_text(encoding="utf-8").upper(), encoding="utf-8")
         assert not same_weights(prune(), prune("--calibration", other, output="other"))
 
-    def test_number_of_documents_is_limited(self, prune, documents, tmp_path):
-        prune("--max-documents", 1, output="one")
+    def test_number_of_documents_is_limited(self, prune, text_file, tmp_path):
         same = tmp_path / "same.txt"
-        from adapt_pruner.data.calibration import read_documents
-
-        same.write_text(next(read_documents(str(self.write_all(documents, tmp_path)))))
-        prune("--calibration", same, output="same")
-        assert same_weights(tmp_path / "one", tmp_path / "same")
-
-    def write_all(self, documents, tmp_path) -> Path:
-        file = tmp_path / "all.txt"
-        file.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
-        return file
+        same.write_text(next(read_documents(str(text_file))), encoding="utf-8")
+        one = prune("--max-documents", 1, output="one")
+        assert same_weights(one, prune("--calibration", same, output="same"))
 
 
 class TestRecipe:
@@ -248,7 +239,7 @@ class TestRecipe:
     def test_model_preset_and_portability_may_stand_in_it(self, cli, llama, text_file, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
-            f"model: {llama}\nsparsity: 0.3\npreset: paper\nportable: true\nsteps: 5\n"
+            f"model: {llama}\nsparsity: 0.3\npreset: paper\nportable: true\nsteps: 5\nprune: mlp\n"
             f"windows: 4\nwindow_length: 12\ncalibration: {text_file}\n"
         )
         done = cli("prune", "--recipe", recipe, "-o", tmp_path / "out")
@@ -345,9 +336,10 @@ class TestEvaluate:
         assert f"{measured['after']:.2f}" in (directory / "README.md").read_text()
         assert recipe_of(directory)["evaluate"] == str(file)
 
-    def test_one_long_document(self, prune, tmp_path):
+    def test_one_long_document(self, prune, tmp_path, monkeypatch):
+        monkeypatch.setattr("adapt_pruner.run.EVALUATION_WINDOWS", 3)
         file = tmp_path / "long.txt"
-        file.write_text("a long story " * 10_000)
+        file.write_text("a long story " * 100)
         measured = read(prune("--evaluate", file) / "run.json")["measurements"]
         assert measured["perplexity"]["before"] > 1
 
@@ -369,11 +361,12 @@ class TestDryRun:
             f"{DENSE:,} parameters ({IN_LAYERS:,} in the decoder layers) → at most {target:,} "
             "(sparsity 0.3000)"
         )
-        removed = DENSE - target
-        for step in (1, 2, 3):
-            assert f"{step}  {DENSE - removed * step // 3:>10,}".split() in [
-                line.split() for line in done.out.splitlines()
-            ]
+        rows = [line.split() for line in done.out.splitlines()]
+        for step in (1, 2):  # each leaves the same share of the decoder layers
+            share = ((target - OTHER) / IN_LAYERS) ** (step / 3)
+            size = OTHER + round(IN_LAYERS * share)
+            assert [str(step), f"{size:,}"] in rows
+        assert ["3", f"{target:,}"] in rows
         for word in ("Gram matrices", "activations", "peak", "time (estimate"):
             assert word in done.out
         assert [file.name for file in tmp_path.iterdir()] == ["bare"]
@@ -386,9 +379,9 @@ class TestDryRun:
             assert plan - 194 < step["parameters"] <= plan
 
     def test_paper_takes_its_share_of_the_steps(self, cli, no_weights):
-        done = cli("prune", no_weights, "--sparsity", 0.3, "--preset", "paper", "--dry-run")
+        done = cli("prune", no_weights, "--sparsity", 0.29, "--preset", "paper", "--dry-run")
         rows = [line.split() for line in done.out.splitlines()]
-        assert ["15", f"{DENSE - math.ceil(0.3 * IN_LAYERS):,}"] in rows
+        assert ["15", f"{DENSE - math.ceil(0.29 * IN_LAYERS):,}"] in rows
         assert not any(row[:1] == ["16"] for row in rows)
         assert "weight gradients" in done.out
 
@@ -402,7 +395,8 @@ class TestDryRun:
 def demo_run(tmp_path_factory) -> Path:
     """The embedded model, pruned on the documentation of Python, in a process of its own."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    done = run("prune", "demo", "-o", output, "--sparsity", 0.3, "--windows", 32, "--steps", 2)
+    quick = ("--windows", 32, "--steps", 2, "--max-documents", 200)
+    done = run("prune", "demo", "-o", output, "--sparsity", 0.3, *quick)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.endswith(f"written to {output}\n")
     return output
@@ -423,7 +417,9 @@ class TestEmbeddedModel:
     def test_it_still_writes_text(self, demo_run):
         model, tokenizer = load_model(str(demo_run)), load_tokenizer(str(demo_run))
         tokens = tokenizer("The for statement is used to", return_tensors="pt")
-        text = tokenizer.decode(model.generate(**tokens, max_new_tokens=12)[0])
+        text = tokenizer.decode(
+            model.generate(**tokens, max_new_tokens=12)[0], skip_special_tokens=True
+        )
         assert text.startswith("The for statement is used to")
         assert len(set(text.split())) > 7
 
@@ -510,7 +506,8 @@ class TestRealModel:
     def text(self, stories260k) -> Path:
         return STORIES260K.parent / "text" / "tinystories.valid.txt"
 
-    def test_loses_little(self, stories260k, text, cli, tmp_path):
+    def test_loses_little(self, stories260k, text, cli, tmp_path, monkeypatch):
+        monkeypatch.setattr("adapt_pruner.run.EVALUATION_WINDOWS", 100)
         output = tmp_path / "out"
         done = cli(
             "prune", stories260k, "-o", output, "--sparsity", 0.2, "--calibration",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from picomodels import build, logits_of, random_tokens
 from torch import nn
 
 from adapt_pruner.anatomy import MLP, Group, Part, find_anatomy
 from adapt_pruner.compensation import refit_output
 from adapt_pruner.slicing import cut
 from adapt_pruner.statistics import Wants, collect
+from picomodels import build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=12, length=14)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from picomodels import INTERMEDIATE_SIZE, NUM_KV_HEADS, NUM_LAYERS, build, logits_of, random_tokens
 
 from adapt_pruner import importance
 from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.importance import IMPORTANCES
 from adapt_pruner.slicing import cut
 from adapt_pruner.statistics import Wants, collect
+from picomodels import INTERMEDIATE_SIZE, NUM_KV_HEADS, NUM_LAYERS, build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=9, length=14)
 WITHOUT_DATA = ("magnitude-l1", "magnitude-l2", "random")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from picomodels import NUM_LAYERS, PICO, VOCAB_SIZE, build, logits_of, random_tokens
 
 from adapt_pruner.allocation import resolve_target
 from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.data import CalibrationData
 from adapt_pruner.errors import InvalidSettings, InvalidTarget
-from adapt_pruner.importance import IMPORTANCES
+from adapt_pruner.importance import IMPORTANCES, Importance
 from adapt_pruner.methods.adapt_pruner import adapt_pruner, limits_of
 from adapt_pruner.settings import PRESETS, make_settings
+from adapt_pruner.statistics import Wants
+from picomodels import NUM_LAYERS, PICO, VOCAB_SIZE, build, logits_of, random_tokens
 
 NEURON = 3 * 64 + 2  # parameters of one neuron of the tiny llama
 FEW_STEPS = {"best": {"steps": 3}, "paper": {"steps": 10}}
@@ -101,7 +102,7 @@ def test_a_target_below_what_is_possible_changes_nothing():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_smallest_model_possible_can_be_asked_for(preset):
     model = build("llama", torch.float32)
-    # An amplitude of 1 / steps or more can keep a layer whole for ever; then the ranking takes over.
+    # Such an amplitude can keep a layer whole for ever; then the ranking takes over.
     settings = make_settings(preset, windows=2, window_length=8, steps=8, amplitude=0.2)
     anatomy = find_anatomy(model)
     removable = sum(group.unit_cost * (group.num_units - 1) for group in anatomy.groups)
@@ -212,13 +213,36 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(preset):
     )
 
 
-def test_ranked_steps_remove_equal_shares():
+def test_every_step_draws_other_windows_and_other_random_numbers(monkeypatch):
+    draws, seeds = [], []
+
+    class Calibration(CalibrationData):
+        def draw(self, step=0):
+            draws.append(step)
+            return super().draw(step)
+
+    def random(group, statistics, seed):
+        seeds.append(seed)
+        return torch.rand(group.num_units)
+
+    monkeypatch.setitem(IMPORTANCES, "random", Importance(random, Wants.NOTHING))
     model = build("llama", torch.float32)
-    start = model.num_parameters()
-    target, steps = prune(model, 0.4, steps=4)
+    settings = make_settings(importance="random", steps=3, seed=7)
+    target = resolve_target(find_anatomy(model), 0.3, None)
+    calibration = Calibration(random_tokens(batch=20, length=40), 8, 2)
+    list(adapt_pruner(model, calibration, target, settings))
+    assert draws == [0, 1, 2]
+    assert len(set(seeds)) == 3
+
+
+def test_ranked_steps_leave_equal_shares_of_the_decoder_layers():
+    model = build("llama", torch.float32)
+    start = find_anatomy(model)
+    _, steps = prune(model, 0.4, steps=4)
     assert [step.step for step in steps] == [1, 2, 3, 4]
     for step in steps:
-        wanted = start - (start - target) * step.step / 4
+        left = start.layer_parameters * 0.6 ** (step.step / 4)
+        wanted = round(start.other_parameters + left)
         assert wanted - NEURON < step.anatomy.total_parameters <= wanted
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from picomodels import INTERMEDIATE_SIZE, NUM_LAYERS, PICO, build, random_tokens
 from torch import nn
 
 from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.errors import NonFiniteError
 from adapt_pruner.statistics import Distance, Pass, Statistics, Wants, collect, prunable_matrices
+from picomodels import INTERMEDIATE_SIZE, NUM_LAYERS, PICO, build, random_tokens
 
 EVERYTHING = Wants.WEIGHT_GRADIENTS | Wants.FISHER | Wants.UNIT_GRADIENTS | Wants.GRAM
 WINDOWS = random_tokens(batch=5, length=12)
@@ -158,10 +159,19 @@ def test_the_loss_is_the_mean_over_windows():
         assert (found.num_windows, found.num_tokens) == (5, 60)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "lfm2", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("model_type", "differences"),
+    [
+        ("llama", {}),
+        ("phi3", {}),
+        ("lfm2", {}),
+        ("gpt_neox", {}),
+        ("llama", {"intermediate_size": 700}),  # more than one block of columns
+    ],
+)
 @pytest.mark.parametrize("wants", [Wants.GRAM, Wants.GRAM | Wants.UNIT_GRADIENTS])
-def test_gram_matrices_are_of_the_inputs_of_output_projections(model_type, wants):
-    model = build(model_type)
+def test_gram_matrices_are_of_the_inputs_of_output_projections(model_type, differences, wants):
+    model = build(model_type, **differences)
     anatomy = find_anatomy(model)
     inputs = {group.key: [] for group in anatomy.groups}
     with ExitStack() as hooks, torch.no_grad():
@@ -195,7 +205,7 @@ def test_layer_distances_come_from_the_residual_stream(distance):
     model.model.norm = nn.Identity()  # else the last hidden state is a normalised one
     with torch.no_grad():
         states = model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
-    expected = [distance_by_hand(distance, x, y) for x, y in zip(states, states[1:], strict=False)]
+    expected = [distance_by_hand(distance, x, y) for x, y in pairwise(states)]
     assert len(expected) == NUM_LAYERS
     anatomy = find_anatomy(model)
     with collect(model, anatomy, WINDOWS, Wants.NOTHING, Pass(2, distance=distance)) as found:
@@ -207,10 +217,7 @@ def test_every_architecture_shows_its_residual_stream(model_type):
     model = build(model_type)
     with torch.no_grad():
         states = model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
-    expected = [
-        distance_by_hand(Distance.COSINE, x, y).item()
-        for x, y in zip(states[:-2], states[1:-1], strict=True)
-    ]
+    expected = [distance_by_hand(Distance.COSINE, x, y).item() for x, y in pairwise(states[:-1])]
     with collect(model, find_anatomy(model), WINDOWS, Wants.NOTHING) as found:
         assert found.layer_distance[:-1] == pytest.approx(expected, rel=1e-5)
 
@@ -446,7 +453,7 @@ def test_weights_that_are_not_finite_are_an_error(value, wants, where):
         model.model.layers[1].get_submodule(where).weight[0, 0] = value
     before = state_of(model)
     with (
-        pytest.raises(NonFiniteError, match="NaN|nan"),
+        pytest.raises(NonFiniteError, match=r"NaN|nan"),
         collect(model, find_anatomy(model), WINDOWS, wants),
     ):
         pytest.fail("scores of a broken model")
@@ -464,3 +471,34 @@ def test_the_error_names_the_layer_that_breaks():
         collect(model, find_anatomy(model), WINDOWS, Wants.NOTHING),
     ):
         pass
+
+
+def test_a_loss_that_is_not_finite_is_an_error():
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with (
+        pytest.raises(NonFiniteError, match=r"loss on the calibration text is nan"),
+        collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS),
+    ):
+        pytest.fail("scores of a broken model")
+
+
+class SquareRoot(nn.Module):
+    """Finite, with a gradient that is not: below zero it is 0 times that of a root, NaN."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x.sqrt(), 0)
+
+
+@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.FISHER, Wants.UNIT_GRADIENTS])
+def test_gradients_that_are_not_finite_are_an_error(wants):
+    model = build("llama")
+    model.model.layers[1].mlp.act_fn = SquareRoot()
+    with collect(model, find_anatomy(model), WINDOWS, Wants.GRAM):
+        pass  # without gradients the model is sound
+    with (
+        pytest.raises(NonFiniteError, match=r"gradient in layer \d"),
+        collect(model, find_anatomy(model), WINDOWS, wants),
+    ):
+        pytest.fail("scores from broken gradients")

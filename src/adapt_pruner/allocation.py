@@ -137,7 +137,7 @@ def tighten(chains: Sequence[Chain], needed: int) -> None:
 
     Afterwards fewer parameters too many are gone than the cheapest block that may be cut has.
     """
-    surplus = removed_parameters(chains) - needed
+    surplus = removed_parameters(chains) - max(needed, 0)
     while True:
         fitting = [c for c in chains if c.removed and c.cost(c.removed - 1) <= surplus]
         if not fitting:
@@ -174,6 +174,18 @@ def keep_masks(chains: Sequence[Chain], scores: dict[GroupKey, Tensor]) -> dict[
                 mask_U[order_U[: chain.num_units_removed]] = False
                 masks[key] = mask_U
     return masks
+
+
+def sizes_after_steps(anatomy: Anatomy, target: int, steps: int) -> list[int]:
+    """Parameters of the whole model after each step: every step leaves the decoder layers the same
+    share of what they had, and the last one meets `target`.
+
+    >>> sizes_after_steps(anatomy, 100, 2)  # 400 parameters, all of them in decoder layers
+    [200, 100]
+    """
+    start, other = anatomy.layer_parameters, anatomy.other_parameters
+    share = (target - other) / start
+    return [other + round(start * share ** (i / steps)) for i in range(1, steps)] + [target]
 
 
 class AdaptiveSchedule:

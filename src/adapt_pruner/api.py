@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .allocation import check_reachable, resolve_target
 from .anatomy import Anatomy, find_anatomy
 from .data import CalibrationData, load_calibration
-from .errors import InvalidSettings, LoadingError
+from .errors import InvalidSettings, LoadingError, UnsupportedModel
 from .loading import read_json
 from .methods import METHODS, PruningStep
 from .methods.adapt_pruner import limits_of
@@ -151,6 +151,11 @@ def prune(
     if settings is not None and overrides:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
     settings = settings or make_settings(preset, **overrides)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModel(
+            "Some weights are not in memory (device_map has offloaded them, or the model is on the "
+            "meta device); pruning needs all of them. Use fewer layers per device or bfloat16."
+        )
     anatomy = find_anatomy(model)
     target = resolve_target(anatomy, sparsity, params)
     check_reachable(anatomy, target, limits_of(settings, anatomy))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .allocation import check_reachable, resolve_target
+from .allocation import check_reachable, resolve_target, sizes_after_steps
 from .anatomy import Anatomy, find_anatomy
 from .api import Size
 from .importance import IMPORTANCES
@@ -60,7 +60,7 @@ def make_plan(
         share = before.decoder_layers / settings.steps
         sizes = [max(target, round(before.total - share * (i + 1))) for i in range(steps)]
     else:
-        sizes = [before.total - removed * (i + 1) // steps for i in range(steps if removed else 0)]
+        sizes = sizes_after_steps(anatomy, target, steps) if removed else []
     wants = IMPORTANCES[settings.importance].wants
     if settings.compensation == "refit":
         wants |= Wants.GRAM

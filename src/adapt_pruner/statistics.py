@@ -172,9 +172,10 @@ def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistic
 
 def _sum_of_window_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
     """Sum over windows of the mean cross-entropy of the next token, a float32 scalar in nats."""
-    targets = tokens_BT[:, 1:].to(logits_BTV.device).reshape(-1)
-    logits = logits_BTV[:, :-1].float().reshape(len(targets), -1)
-    return F.cross_entropy(logits, targets, reduction="sum") / (tokens_BT.shape[1] - 1)
+    ignored = tokens_BT.new_full((len(tokens_BT), 1), -100)  # the last token predicts nothing here
+    targets_BT = torch.cat([tokens_BT[:, 1:], ignored], dim=1).to(logits_BTV.device)
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
+    return loss / (tokens_BT.shape[1] - 1)
 
 
 class _Observer:
@@ -238,7 +239,7 @@ class _Observer:
 
     def _on_input_gradient(self, group: Group, x_BTC: Tensor):
         def hook(gradient_BTC: Tensor) -> None:
-            effect_BC = torch.einsum("btc,btc->bc", x_BTC, gradient_BTC).float()
+            effect_BC = (x_BTC * gradient_BTC).float().sum(dim=1)
             effect_BU = effect_BC.unflatten(1, (group.num_units, -1)).sum(dim=2)
             _add(self.sums.unit_gradient_abs, group.key, effect_BU.abs().sum(dim=0))
             _add(self.sums.unit_gradient_squared, group.key, effect_BU.square().sum(dim=0))

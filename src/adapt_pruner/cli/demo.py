@@ -21,6 +21,7 @@ def command(output: Path, sparsity: float, seed: int) -> None:
     """Prune the small model that ships with the package. Needs no hub and no GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..api import PRUNING_FILE
     from ..evaluation import compare_speed
     from ..loading import EMBEDDED_MODEL, load_model
     from ..run import Request, default_calibration, run_pruning
@@ -31,7 +32,8 @@ def command(output: Path, sparsity: float, seed: int) -> None:
     out = console.out
     out.print(f"[bold]1. Prune[/] the embedded model: {sparsity:.0%} of its decoder layers go")
     settings = make_settings("best", seed=seed, **default_calibration(EMBEDDED_MODEL))
-    request = Request(EMBEDDED_MODEL, settings, sparsity, evaluate="pydocs", overwrite=True)
+    again = (output / PRUNING_FILE).is_file()  # replaces results, and nothing else
+    request = Request(EMBEDDED_MODEL, settings, sparsity, evaluate="pydocs", overwrite=again)
     with console.ProgressBar(quiet=False) as bar:
         result = run_pruning(request, output, bar)
     console.show_result(result)

@@ -15,6 +15,8 @@ from ..allocation import (
     check_reachable,
     keep_masks,
     remove_ranked,
+    removed_parameters,
+    sizes_after_steps,
 )
 from ..anatomy import Anatomy, find_anatomy
 from ..compensation import refit_output
@@ -68,8 +70,8 @@ def adapt_pruner(
         wants |= Wants.GRAM
     how = Pass(settings.micro_batch_size, settings.gradient_checkpointing, settings.distance)
     schedule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
-    start = anatomy.total_parameters
-    step, done = 0, start <= target
+    sizes = sizes_after_steps(anatomy, target, settings.steps)
+    step, done = 0, anatomy.total_parameters <= target
 
     while not done:
         step += 1
@@ -86,17 +88,15 @@ def adapt_pruner(
                 for group in anatomy.groups
             }
             chains = build_chains(anatomy.groups, scores, limits)
+            needed = anatomy.total_parameters - target
             if settings.allocation == "adaptive":
-                done = schedule.advance(
-                    chains,
-                    anatomy.total_parameters - target,
-                    statistics.layer_importance,
-                    limits.uniform,
-                )
+                importances = statistics.layer_importance
+                done = schedule.advance(chains, needed, importances, limits.uniform)
             else:
-                done = step == settings.steps
-                wanted = start - (start - target) * step // settings.steps
-                remove_ranked(chains, anatomy.total_parameters - wanted)
+                remove_ranked(chains, anatomy.total_parameters - sizes[step - 1])
+                done = step == settings.steps or removed_parameters(chains) >= needed
+                if done:
+                    remove_ranked(chains, needed)
             kept = keep_masks(chains, scores)
             if settings.compensation == "refit":
                 _refit(anatomy, kept, statistics, settings.ridge)
