@@ -42,6 +42,10 @@ class ToyGroup:
     def key(self):
         return self.layer, self.kind
 
+    @property
+    def uniform_widths(self):
+        return list(range(self.num_units, 0, -1))
+
 
 @dataclass
 class ToyAnatomy:
@@ -444,6 +448,21 @@ def test_targets_beyond_the_rule_are_met_by_ranking():
     chains, _ = chains_of(*scored)
     assert schedule.advance(chains, 397, [0.0, 0.0], uniform=False)  # 0.99 leaves 2 + 2
     assert sum(widths_left(chains)) == 3
+
+
+def test_a_rule_that_can_change_nothing_more_gives_way_to_ranking():
+    # Layer 0 never grows (1/5 - 0.2 * 1), layer 1 by 0.4 a step until 0.99. The fourth step would
+    # repeat the third, and so would all that follow it.
+    groups, _ = neurons_per_layer(100, 100)
+    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=5, amplitude=0.2)
+    done, widths = [], [100, 100]
+    for _ in range(4):
+        _, scored = neurons_per_layer(*widths)
+        chains, _ = chains_of(*scored)
+        done.append(schedule.advance(chains, sum(widths) - 50, [1.0, -1.0], uniform=False))
+        widths = widths_left(chains)
+    assert done == [False, False, False, True]
+    assert widths == [49, 1]
 
 
 # --- targets ----------------------------------------------------------------------------------

@@ -67,8 +67,9 @@ def write_half(directory: Path, error: BaseException) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), WritingError("no")])
 def test_failing_block_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         write_half(tmp_path / "new", error)
+    assert caught.value is error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,8 +276,8 @@ class TestCheckBeforeWork:
         assert done.err.startswith("adapt-pruner: error: ")
         return done.err
 
-    def test_existing_directory(self, cli, llama, existing):
-        message = self.refused(cli, llama, existing)
+    def test_existing_directory(self, cli, existing):
+        message = self.refused(cli, "./nowhere", existing)  # looked at before anything else
         assert f"'{existing}' exists and is not empty" in message
         assert "--overwrite" in message
         assert is_untouched(existing)

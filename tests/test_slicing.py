@@ -221,13 +221,21 @@ def keep_first(anatomy, kv_groups, neurons):
 @pytest.mark.parametrize("model_type", PICO)
 def test_equal_layers_give_a_plain_configuration(model_type):
     model = build(model_type)
-    cut(model, find_anatomy(model), keep_first(find_anatomy(model), 3, 40))
+    cut(model, find_anatomy(model), keep_first(find_anatomy(model), 2, 40))
     assert not model.config.is_heterogeneous
     assert "per_layer_config" not in model.config.to_dict()
     assert model.config.intermediate_size == 40
     if model_type != "gpt_neox":
-        assert model.config.num_key_value_heads == 3
-        assert model.config.num_attention_heads == 3 * NUM_HEADS // NUM_KV_HEADS
+        assert model.config.num_key_value_heads == 2
+        assert model.config.num_attention_heads == 2 * NUM_HEADS // NUM_KV_HEADS
+
+
+def test_head_counts_that_a_plain_configuration_refuses_are_said_per_layer():
+    model = build("llama")  # 6 heads do not divide the hidden size of 64
+    cut(model, find_anatomy(model), keep_first(find_anatomy(model), 3, 40))
+    assert model.config.intermediate_size == 40
+    assert [c.num_attention_heads for c in model.config.per_layer_config] == [6] * NUM_LAYERS
+    assert [c.num_key_value_heads for c in model.config.per_layer_config] == [3] * NUM_LAYERS
 
 
 def test_layers_made_equal_again_give_a_plain_configuration():

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.errors import NonFiniteError
@@ -272,6 +273,13 @@ def test_gradient_checkpointing_changes_nothing(model_type):
     assert not checkpoints(model)
 
 
+@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.FISHER, Wants.UNIT_GRADIENTS])
+def test_gradient_checkpointing_changes_nothing_whatever_is_wanted(wants):
+    model = build("llama")
+    expected = snapshot(model, wants)
+    assert_same(snapshot(model, wants, gradient_checkpointing=True), expected)
+
+
 @pytest.mark.parametrize("wants", [Wants.UNIT_GRADIENTS, Wants.UNIT_GRADIENTS | Wants.GRAM])
 def test_gradient_checkpointing_keeps_no_activations_of_neurons(wants):
     model, alive = build("llama"), []
@@ -415,11 +423,14 @@ def test_gradient_checkpointing_that_was_on_stays_on():
     model = build("llama").train()
     for layer in model.model.layers:
         layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = checkpoint
     for checkpointing in (False, True):
         how = Pass(gradient_checkpointing=checkpointing)
         with collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS, how):
             pass
-        assert all(layer.gradient_checkpointing for layer in model.model.layers)
+        for layer in model.model.layers:
+            assert layer.gradient_checkpointing
+            assert layer._gradient_checkpointing_func is checkpoint
 
 
 @pytest.mark.parametrize(("wants", "checkpointing"), RUNS)

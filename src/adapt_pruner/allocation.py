@@ -94,6 +94,8 @@ def _chain(members: list[Group], scores: dict[GroupKey, Tensor], limits: Limits)
     # The first block brings an odd width down to a multiple; the last multiple stays.
     odd = [width % multiple] if width > multiple and width % multiple else []
     sizes = torch.tensor(odd + [multiple] * max(width // multiple - 1, 0), dtype=torch.int64)
+    if limits.uniform and members[0].kind == ATTENTION:
+        sizes = -torch.tensor(members[0].uniform_widths, dtype=torch.int64).diff()
     unit_cost = sum(group.unit_cost for group in members)
     ascending_U = torch.stack([scores[g.key].double().cpu().sort().values for g in members]).sum(0)
     ends = torch.cumsum(sizes, dim=0)
@@ -135,7 +137,7 @@ def remove_ranked(chains: Sequence[Chain], needed: int) -> None:
 def tighten(chains: Sequence[Chain], needed: int) -> None:
     """Give back the most important blocks that were removed beyond `needed`.
 
-    Afterwards fewer parameters too many are gone than the cheapest block that may be cut has.
+    Afterwards fewer parameters too many are gone than one block has: one unit, or one multiple.
     """
     surplus = removed_parameters(chains) - max(needed, 0)
     while True:
@@ -145,22 +147,28 @@ def tighten(chains: Sequence[Chain], needed: int) -> None:
         best = max(fitting, key=lambda c: float(c.density[c.removed - 1]))
         best.removed -= 1
         surplus -= best.cost(best.removed)
+    if surplus:
+        _exchange_coarse_block(chains, surplus)
+
+
+def _exchange_coarse_block(chains: Sequence[Chain], surplus: int) -> None:
+    """Where only coarse blocks (KV groups) went and the surplus is more than a finer one, give one
+    of them back for finer ones, if that leaves less surplus."""
     finer = [c for c in chains if c.removed < len(c.sizes) and c.cost(c.removed) <= surplus]
-    if not finer:
+    coarse = [c for c in chains if c.removed]
+    if not finer or not coarse:
         return
-    # Only coarse blocks (KV groups) went: exchange one of them for the finer ones.
-    coarse = max((c for c in chains if c.removed), key=lambda c: float(c.density[c.removed - 1]))
-    if sum(int(c.sizes[c.removed :].sum()) * c.unit_cost for c in finer) + surplus < coarse.cost(
-        coarse.removed - 1
-    ):
-        return
-    coarse.removed -= 1
-    surplus -= coarse.cost(coarse.removed)
-    while surplus < 0:
-        open_ = [c for c in finer if c.removed < len(c.sizes)]
+    before = [chain.removed for chain in chains]
+    returned = max(coarse, key=lambda c: float(c.density[c.removed - 1]))
+    returned.removed -= 1
+    left = surplus - returned.cost(returned.removed)
+    while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
         cheapest = min(open_, key=lambda c: float(c.density[c.removed]))
-        surplus += cheapest.cost(cheapest.removed)
+        left += cheapest.cost(cheapest.removed)
         cheapest.removed += 1
+    if not 0 <= left < surplus:
+        for chain, removed in zip(chains, before, strict=True):
+            chain.removed = removed
 
 
 def keep_masks(chains: Sequence[Chain], scores: dict[GroupKey, Tensor]) -> dict[GroupKey, Tensor]:
@@ -217,7 +225,7 @@ class AdaptiveSchedule:
         self._apply(chains, end)
         self.sparsity = end
         if removed_parameters(chains) < needed:
-            if self.steps_left > 0 and any(s < 0.99 for s in end):
+            if self.steps_left > 0 and end != start:
                 return False
             remove_ranked(chains, needed)  # every layer is as sparse as the rule can make it
             return True
@@ -255,7 +263,7 @@ def resolve_target(anatomy: Anatomy, sparsity: float | None, params: int | None)
         raise InvalidTarget("Give the target once: --sparsity 0.2, or --params 350M.")
     if sparsity is not None:
         if not 0 <= sparsity < 1:
-            hint = f" Did you mean {sparsity / 100:g}?" if 1 <= sparsity < 100 else ""
+            hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
             raise InvalidTarget(
                 "sparsity is the share of the decoder layers' parameters to remove, in [0, 1); "
                 f"got {sparsity:g}.{hint}"

@@ -88,6 +88,15 @@ class Group:
         return sum(part.cost for part in self.parts)
 
     @property
+    def uniform_widths(self) -> list[int]:
+        """Units that all layers of a model may have alike, from the present number down."""
+        widths = range(self.num_units - 1, 0, -1)
+        if self.kind == ATTENTION:
+            hidden_size, heads = self.output.tensor.shape[0], self.heads_per_unit
+            widths = [width for width in widths if heads_fit(hidden_size, width * heads)]
+        return [self.num_units, *widths]
+
+    @property
     def output_projection(self) -> nn.Linear:
         return self.output.module  # type: ignore[return-value]
 
@@ -143,7 +152,8 @@ def architecture_of(config) -> Architecture:
             _refuse(model_type, "it is a multimodal model; extract its text model first")
         if hasattr(config, "state_size") or hasattr(config, "ssm_state_size"):
             _refuse(model_type, "it is a state-space model")
-        _refuse(model_type, "its architecture is not known here")
+        hint = near_match(model_type, ARCHITECTURES)
+        _refuse(model_type, "its architecture is not known here", hint)
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
             "This model is quantised already; its weights can no longer be scored and cut. "
@@ -154,11 +164,10 @@ def architecture_of(config) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def _refuse(model_type: str, why: str) -> None:
+def _refuse(model_type: str, why: str, hint: str = "") -> None:
     raise UnsupportedModel(
-        f"A model of type '{model_type}' cannot be pruned: {why}."
-        f"{near_match(model_type, ARCHITECTURES)} Supported: {', '.join(sorted(ARCHITECTURES))}, "
-        "mobilellm."
+        f"A model of type '{model_type}' cannot be pruned: {why}.{hint} "
+        f"Supported: {', '.join(sorted(ARCHITECTURES))}, mobilellm."
     )
 
 
@@ -193,6 +202,12 @@ def find_anatomy(model: Any) -> Anatomy:
 def count_parameters(module: nn.Module) -> int:
     """Count parameters, tied ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def heads_fit(hidden_size: int, num_heads: int) -> bool:
+    """Whether every configuration class accepts this head count for the whole model: several want
+    it to divide the hidden size, although the head size is said explicitly."""
+    return hidden_size % num_heads == 0
 
 
 def _widths_of(layer: int, groups: list[Group]) -> dict[str, int]:

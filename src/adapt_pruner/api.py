@@ -160,7 +160,9 @@ def prune(
     target = resolve_target(anatomy, sparsity, params)
     check_reachable(anatomy, target, limits_of(settings, anatomy))
     if not isinstance(calibration, CalibrationData):
-        calibration = _load_calibration(model, tokenizer, settings, calibration)
+        if calibration is not None:
+            settings = settings.model_copy(update={"calibration": str(calibration)})
+        calibration = _load_calibration(model, tokenizer, settings)
     before, widths_before = Size.of(anatomy), anatomy.widths
     original = {group.key: torch.arange(group.num_units) for group in anatomy.groups}
     steps, began = [], time.perf_counter()
@@ -198,7 +200,7 @@ def prune(
     )
 
 
-def _load_calibration(model, tokenizer, settings: PruneSettings, source) -> CalibrationData:
+def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationData:
     if tokenizer is None:
         raise InvalidSettings("Calibration text needs the model's tokenizer; got None.")
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -208,7 +210,7 @@ def _load_calibration(model, tokenizer, settings: PruneSettings, source) -> Cali
             f"got {settings.window_length}."
         )
     return load_calibration(
-        str(source or settings.calibration),
+        settings.calibration,
         tokenizer,
         settings.window_length,
         settings.windows,
@@ -241,7 +243,8 @@ def replay(model: nn.Module, record: str | Path | dict[str, Any]) -> None:
     if not isinstance(record, dict):
         path = Path(record)
         record = read_json(path / PRUNING_FILE if path.is_dir() else path)
-    assert isinstance(record, dict)
+    if not isinstance(record, dict):
+        raise LoadingError(f"The record of a pruning must be a JSON object; got {record!r:.60}.")
     anatomy = find_anatomy(model)
     keep = {}
     for group in anatomy.groups:

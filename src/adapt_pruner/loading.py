@@ -99,7 +99,7 @@ def load_model(
         dtype = "float32"
     name = resolve_name(name)
     with _loading(name, "weights"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -108,6 +108,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+        model, report = loaded
         if report["missing_keys"]:
             raise LoadingError(
                 f"The weights of '{name}' lack {sorted(report['missing_keys'])[0]}: they are "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import WIDTH_NAMES, Anatomy, Group, find_anatomy
+from .anatomy import WIDTH_NAMES, Anatomy, Group, find_anatomy, heads_fit
 from .per_layer import LayerConfig
 
 GroupKey = tuple[int, str]
@@ -62,14 +62,21 @@ def describe_widths(config: Any, anatomy: Anatomy) -> None:
     if getattr(config, "block_auto_adjust_ff_dim", False):
         config.block_auto_adjust_ff_dim = False  # LFM2: intermediate_size is now meant literally
     config.per_layer_config = None
+    values = {
+        name: {i: widths[name] for i, widths in enumerate(anatomy.widths) if name in widths}
+        for name in WIDTH_NAMES
+    }
+    common = {name: set(of_layers.values()) for name, of_layers in values.items()}
+    plain = {name: widths.pop() for name, widths in common.items() if len(widths) == 1}
+    if not heads_fit(config.hidden_size, plain.get("num_attention_heads", 1)):
+        del plain["num_attention_heads"], plain["num_key_value_heads"]
     varying: dict[int, dict[str, int]] = {}
-    for name in WIDTH_NAMES:
-        values = {i: widths[name] for i, widths in enumerate(anatomy.widths) if name in widths}
-        if len(set(values.values())) == 1:
-            setattr(config, name, next(iter(values.values())))
+    for name, of_layers in values.items():
+        if name in plain:
+            setattr(config, name, plain[name])
         else:
-            for i, value in values.items():
-                varying.setdefault(i, {})[name] = value
+            for i, width in of_layers.items():
+                varying.setdefault(i, {})[name] = width
     if varying:
         # Tools that know only global widths get to read one; transformers refuses otherwise.
         config.allow_global_per_layer_attribute_access = True

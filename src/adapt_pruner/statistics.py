@@ -101,8 +101,8 @@ class Pass:
     """How to run the passes over calibration windows."""
 
     micro_batch_size: int | None = None
-    """Windows per forward pass. None starts at all of them (at most 32) and halves when memory
-    runs out; the size found is kept for later passes."""
+    """Windows per forward pass. None starts at about 2048 tokens and halves when memory runs out;
+    the size found is kept for later passes."""
     gradient_checkpointing: bool = False
     """Keep only the residual stream between layers for the backward pass and recompute the rest."""
     distance: Distance = Distance.COSINE

@@ -99,13 +99,19 @@ def load_calibration(
     texts = islice(read_documents(source, text_column, seed), max_documents)
     documents = list(_tokenise(texts, tokenizer))
     largest = max((int(tokens.max()) for tokens in documents), default=0)
-    if vocab_size is not None and largest >= vocab_size:
-        raise CalibrationError(
-            f"The tokenizer puts out token {largest}, but the model's vocabulary has {vocab_size} "
-            "entries. Use the tokenizer that belongs to the model."
-        )
+    if vocab_size is not None:
+        check_vocabulary(largest, vocab_size)
     name = f"Calibration text '{source}'"
     return CalibrationData(documents, window_length, num_windows, seed, redraw, name)
+
+
+def check_vocabulary(largest_token: int, vocab_size: int) -> None:
+    """Raise CalibrationError if the tokenizer is one of another, larger vocabulary."""
+    if largest_token >= vocab_size:
+        raise CalibrationError(
+            f"The tokenizer puts out token {largest_token}, but the model's vocabulary has "
+            f"{vocab_size} entries. Use the tokenizer that belongs to the model."
+        )
 
 
 def _tokenise(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
@@ -191,7 +197,7 @@ def _read_rows(
 def _stream(name: str, files: list[Path] | None) -> Any:
     import datasets
 
-    options = {"data_files": [str(file) for file in files]} if files else {}
+    options: dict[str, Any] = {"data_files": [str(file) for file in files]} if files else {}
     return datasets.load_dataset(name, split="train", streaming=True, **options)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.calibration import check_vocabulary
 from ..errors import CalibrationError, NonFiniteError
 
 
@@ -38,7 +39,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     texts: Iterable[str],
     window: int = 256,
@@ -72,6 +73,8 @@ def perplexity(
             break
     if not windows:
         raise CalibrationError("There is no text to measure perplexity on.")
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(max(map(max, windows)), vocab_size)
     losses = _window_losses(model, windows, batch_size)
     counts = torch.tensor([len(piece) - 1 for piece in windows], dtype=torch.float64)
     total, num_tokens = float(losses.sum()), int(counts.sum())
