@@ -225,7 +225,7 @@ class AdaptiveSchedule:
         self._apply(chains, end)
         self.sparsity = end
         if removed_parameters(chains) < needed:
-            if self.steps_left > 0 and end != start:
+            if self.steps_left > 0 and end != start and any(s < 0.99 for s in end):
                 return False
             remove_ranked(chains, needed)  # every layer is as sparse as the rule can make it
             return True
