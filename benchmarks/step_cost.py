@@ -179,7 +179,7 @@ def main() -> None:
     if arguments.measure:
         measure_here(*arguments.measure)
         return
-    amount = {"10M": (512, 3), "100M": (128, 2), "1B": (32, 1), "8B": (512, 3)}
+    amount = {"10M": (128, 3), "100M": (64, 1), "1B": (16, 1), "8B": (512, 3)}
     results: dict = {"versions": versions(), "device": arguments.device, "time": [], "memory": []}
     for size in arguments.sizes.split(","):
         windows, repeats = amount[size]

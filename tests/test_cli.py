@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -285,6 +286,20 @@ class TestOutput:
         )  # fmt: skip
         assert (done.status, done.out, done.err) == (0, "", "")
         assert (tmp_path / "out" / "config.json").is_file()
+
+    @pytest.mark.parametrize("flags", [(), ("--quiet",)])
+    def test_terminal_gets_a_progress_bar(
+        self, cli, llama, text_file, tmp_path, monkeypatch, flags
+    ):
+        terminal = Console(stderr=True, force_terminal=True, force_interactive=True)
+        monkeypatch.setattr("adapt_pruner.cli.console.err", terminal)
+        done = cli(
+            "prune", llama, "-o", tmp_path / "out", "--sparsity", 0.3, *TINY,
+            "--calibration", text_file, *flags,
+        )  # fmt: skip
+        assert done.status == 0
+        assert ("→ 82.17K parameters" in done.err) == (not flags)
+        assert (done.err == "") == bool(flags)
 
     def test_overwrite(self, prune, cli, llama, text_file, tmp_path):
         first = prune()
