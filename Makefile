@@ -16,9 +16,9 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/pyright
 
-bench: $(VENV)/.installed-dev  ## every figure in the README (about half an hour)
+bench: $(VENV)/.installed-dev  ## quality on the embedded model, cost of a step
 	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/step_cost.py --sizes 10M,100M
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
