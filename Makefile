@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev  ## all tests
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/ruff format --check src tests scripts benchmarks
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-dev  ## quality on the embedded model, cost of a step
 	$(BIN)/python benchmarks/quality.py
