@@ -140,12 +140,13 @@ def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
     try:
         return PruneSettings(**{**PRESETS[preset], **values})
     except ValidationError as error:
-        raise InvalidSettings(_explain(error)) from None
+        raise InvalidSettings(explain(error, PruneSettings)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """One sentence about the first problem that pydantic found."""
     problem = error.errors()[0]
     name = ".".join(map(str, problem["loc"][:1]))
     if problem["type"] == "extra_forbidden":
-        return f"There is no setting '{name}'.{near_match(name, PruneSettings.model_fields)}"
+        return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
     return f"{name}: {problem['msg']}; got {problem['input']!r}."
