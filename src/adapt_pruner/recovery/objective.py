@@ -48,9 +48,7 @@ def loss_sums(
     """
     targets_BT = targets_of(labels_BT)
     logits_NV = logits_BTV.flatten(0, 1).float()
-    ce_N = F.cross_entropy(
-        logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    ce_N = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
     total = ce_N.sum()
     if teaching is not None and alpha:
         kl_N = forward_kl(logits_NV, teaching, temperature)
