@@ -320,7 +320,11 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
         for parameter, _, _ in before:
             parameter.grad = None
             parameter.requires_grad_(parameter in wanted)
-        with _checkpointed(anatomy.layers) if checkpointing and wants.backward else nullcontext():
+        with (
+            checkpointed(anatomy.layers, reentrant=True)
+            if checkpointing and wants.backward
+            else nullcontext()
+        ):
             yield
     finally:
         for parameter, requires_grad, gradient in before:
@@ -333,16 +337,16 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
 
 
 @contextmanager
-def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
+def checkpointed(layers: list[nn.Module], reentrant: bool) -> Iterator[None]:
     """Let transformers' decoder layers recompute their activations in the backward pass.
 
     Only the layers themselves are put into training mode, which they ask for; their dropout is not.
-    Reentrant, because the first run is then without gradients: what it computes is neither kept nor
-    observed.
+    Reentrant to observe: the first run is then without gradients, and what it computes is neither
+    kept nor counted.
     """
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [{name: vars(layer).get(name) for name in names} for layer in layers]
-    recompute = partial(checkpoint, use_reentrant=True)
+    recompute = partial(checkpoint, use_reentrant=reentrant)
     try:
         for layer in layers:
             vars(layer).update(zip(names, (True, recompute), strict=True))

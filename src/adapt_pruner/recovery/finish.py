@@ -43,5 +43,9 @@ def _move_all(source: Path, directory: Path) -> None:
         place = directory / entry.name
         if place.is_dir():
             shutil.rmtree(place)
-        os.replace(entry, place)
+        _rename(entry, place)
     source.rmdir()
+
+
+def _rename(old: Path, new: Path) -> None:
+    os.replace(old, new)
