@@ -353,7 +353,7 @@ def test_budgets_of_time_and_loss(request_, text_file, tmp_path):
 
 def test_resume_with_other_settings_says_which(request_, tmp_path):
     run_accel(replace(request_, stop_after=1), tmp_path / "run")
-    with pytest.raises(InvalidSettings, match="learning_rate: 0.003 became 0.001"):
+    with pytest.raises(InvalidSettings, match=r"learning_rate: 0\.003 became 0\.001"):
         run_accel(with_training(request_, learning_rate=1e-3), tmp_path / "run")
     finish(replace(with_training(request_, learning_rate=1e-3), overwrite=True), tmp_path / "run")
 

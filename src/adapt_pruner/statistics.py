@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
 from functools import partial
@@ -320,11 +320,8 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
         for parameter, _, _ in before:
             parameter.grad = None
             parameter.requires_grad_(parameter in wanted)
-        with (
-            checkpointed(anatomy.layers, reentrant=True)
-            if checkpointing and wants.backward
-            else nullcontext()
-        ):
+        recomputed = anatomy.layers if checkpointing and wants.backward else []
+        with checkpointed(recomputed, reentrant=True):
             yield
     finally:
         for parameter, requires_grad, gradient in before:
