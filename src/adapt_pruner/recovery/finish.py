@@ -10,6 +10,7 @@ import torch
 
 from ..api import PruningResult
 from ..checkpoint import save_result
+from ..report.training_pictures import draw_training
 from ..run import store_as
 from .request import AccelRequest
 from .state import RunDirectory
@@ -32,6 +33,7 @@ def write_result(
     whole = directory / ".result"
     name = directory.resolve().name
     save_result(result, whole, request.portable, True, request.recipe(), name)
+    draw_training(directory, whole / "pictures")
     _move_all(whole, directory)
     if not request.keep_checkpoint:
         place.discard_checkpoints()
