@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -233,6 +235,20 @@ def test_every_step_draws_other_windows_and_other_random_numbers(monkeypatch):
     list(adapt_pruner(model, calibration, target, settings))
     assert draws == [0, 1, 2]
     assert len(set(seeds)) == 3
+
+
+def test_the_statistics_of_a_step_are_gone_before_the_next(monkeypatch):
+    found = []  # weak references, one per step
+
+    def random(group, statistics, seed):
+        if group.key == (0, "mlp"):
+            assert all(reference() is None for reference in found)
+            found.append(weakref.ref(statistics))
+        return torch.rand(group.num_units)
+
+    monkeypatch.setitem(IMPORTANCES, "random", Importance(random, Wants.GRAM))
+    prune(build("llama", torch.float32), 0.3, importance="random", steps=3)
+    assert len(found) == 3
 
 
 def test_ranked_steps_leave_equal_shares_of_the_decoder_layers():
