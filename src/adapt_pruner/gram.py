@@ -56,9 +56,9 @@ def invert_gram(gram_CC: Tensor, ridge: float) -> InverseGram:
 def factorise(matrix: Tensor) -> Tensor:
     """Cholesky factor of a positive definite matrix. May add to its diagonal.
 
-    Gram matrices and their inverses are stored in float32. With a small ridge and inputs that repeat
-    each other, rounding can leave eigenvalues below zero; the diagonal is then raised by the least
-    power of ten (from 1e-7 of its mean) that mends it.
+    Gram matrices and their inverses are stored in float32. With a small ridge and inputs that
+    repeat each other, rounding can leave eigenvalues below zero; the diagonal is then raised, from
+    1e-7 of its mean on in powers of ten, until it has none.
     """
     raised = 1e-7 * matrix.diagonal().mean()
     for _ in range(6):

@@ -76,8 +76,9 @@ def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tens
     """`activation_fisher` times the share of the unit's activation that the group's other units
     cannot reproduce linearly: what is lost although the others are refitted.
 
-    With H = X^T X + ridge, as in the refit, that share is 1 / (H_jj (H^-1)_jj) for a unit of one column; for one of
-    several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace of H_jj.
+    With H = X^T X + ridge, as in the refit, that share is 1 / (H_jj (H^-1)_jj) for a unit of one
+    column; for one of several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace
+    of H_jj.
     """
     inverse = statistics.inverse_gram(group.key)
     shape = group.output.index_UK.shape
@@ -86,7 +87,11 @@ def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tens
         residual_U = 1 / inverse.matrix_CC.diagonal()
     else:
         blocks_KKU = inverse.matrix_CC.view(shape + shape).diagonal(dim1=0, dim2=2)
-        residual_U = torch.linalg.inv(blocks_KKU.permute(2, 0, 1).double()).diagonal(dim1=1, dim2=2).sum(dim=1)
+        residual_U = (
+            torch.linalg.inv(blocks_KKU.permute(2, 0, 1).double())
+            .diagonal(dim1=1, dim2=2)
+            .sum(dim=1)
+        )
     return activation_fisher(group, statistics) * (residual_U / total_U).float()
 
 

@@ -195,7 +195,7 @@ def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float
 def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over windows of the mean cross-entropy of the next token, and its gradient.
 
-    Computed in float32, some 512 tokens at a time: autograd would hold three float32 copies of the
+    Computed in float32, some 128 tokens at a time: autograd would hold three float32 copies of the
     logits of the whole micro-batch, which outweigh all else in a small model.
 
     Returns a float64 scalar in nats, and a tensor like the logits.
@@ -203,7 +203,7 @@ def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, T
     num_predicted = tokens_BT.shape[1] - 1
     loss = logits_BTV.new_zeros((), dtype=torch.float64)
     gradient_BTV = torch.zeros_like(logits_BTV)  # the last token of a window predicts nothing here
-    size = max(1, 512 // tokens_BT.shape[1])
+    size = max(1, 128 // tokens_BT.shape[1])
     for start in range(0, len(tokens_BT), size):
         some = slice(start, start + size)
         targets_BT1 = tokens_BT[some, 1:, None]
