@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import DataError, near_match
 from .formats import FORMATS
-from .reading import EMBEDDED, local_path
+from .reading import EMBEDDED, READERS, local_path
 
 FormatName = Literal[("auto", *FORMATS)]  # pyright: ignore[reportInvalidTypeForm]
 _SUFFIXES = (".yaml", ".yml")
@@ -55,8 +55,11 @@ class Source(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_from_path(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            values = {"path": values}
         if isinstance(values, dict) and not values.get("name") and values.get("path"):
-            return {**values, "name": Path(str(values["path"])).stem}
+            path = Path(str(values["path"]))
+            return {**values, "name": path.stem if path.suffix in READERS else path.name}
         return values
 
     @property
@@ -226,7 +229,9 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{where}`{name}` is missing; add it, such as `{name}: ...`."
     if problem["type"] == "literal_error":
-        known = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        known = (
+            problem.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        )
         hint = near_match(str(problem["input"]), known)
         return f"{where}{name}: got '{problem['input']}'.{hint} Known: {', '.join(known)}."
     return f"{where}{name}: {problem['msg']}; got {problem['input']!r:.60}."
