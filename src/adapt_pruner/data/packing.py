@@ -78,14 +78,16 @@ def prepare(
     """
     mixture = read_mixture(mixture)
     _check(tokenizer, sequence_length, tokens, loss_on)
-    if isinstance(exclude, str | Path):
-        exclude = read_mixture(exclude)
-    elif exclude is not None and not isinstance(exclude, Mixture):
-        exclude = list(exclude)
     store = DomainCache(
-        Path(cache).expanduser(), mixture, tokenizer, sequence_length, vocab_size, loss_on,
-        exclude, seed,
-    )  # fmt: skip
+        Path(cache).expanduser(),
+        mixture,
+        tokenizer,
+        sequence_length,
+        vocab_size=vocab_size,
+        loss_on=loss_on,
+        exclude=_to_exclude(exclude),
+        seed=seed,
+    )
     sources = [source for source in mixture.sources if source.weight]
     total = -(-tokens // sequence_length)
     domains, keys = [], []
@@ -106,6 +108,12 @@ def windows_needed(total: int, weight: float, num_domains: int) -> int:
 
 def _slack(num_domains: int) -> float:
     return 1 - 1 / (2 * num_domains - 2) if num_domains > 1 else 0.0
+
+
+def _to_exclude(exclude: str | Path | Iterable[str] | None) -> Mixture | list[str] | None:
+    if isinstance(exclude, str | Path):
+        return read_mixture(exclude)
+    return None if exclude is None else list(exclude)
 
 
 def _ignore(name: str, done: int, needed: int) -> None: ...
