@@ -27,7 +27,7 @@ class Document:
 
     text: str
     answers: Spans | None = None
-    """Half-open ranges of characters that are answers; None where the text is no dialogue."""
+    """Half-open ranges of characters that have loss; None: all of it."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own, such as BOS, or the text already holds them."""
 
@@ -145,7 +145,8 @@ def _text(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:
 def _prompt_response(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:
     prompt, response = _string(values, "prompt"), _string(values, "response")
     if response.strip():
-        yield Document(prompt + response, ((len(prompt), len(prompt) + len(response)),))
+        answer = (len(prompt), len(prompt) + len(response))
+        yield Document(prompt + response, (answer,) if template.mark_answers else None)
 
 
 def _instruction(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:

@@ -217,7 +217,8 @@ def _roles(format: str) -> set[str]:
 
 
 def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]  # a misspelt key is why another is missing
     place = [part for part in problem["loc"] if isinstance(part, str)]
     index = next((part for part in problem["loc"] if isinstance(part, int)), None)
     where = f"source {index + 1}: " if index is not None else ""
