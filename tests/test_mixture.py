@@ -242,6 +242,18 @@ class TestRows:
         with pytest.raises(DataError, match=f"'{file}' cannot be read: Permission denied"):
             list(read_rows(str(file)))
 
+    def test_hub_by_the_same_arguments(self, tmp_path):
+        """`datasets` reads a directory as it reads a repository of the hub."""
+        for split, rows in (("train", self.ROWS[:2]), ("test", self.ROWS[2:])):
+            written(tmp_path / f"{split}.jsonl", "\n".join(map(json.dumps, rows)))
+        rows = list(reading._hub_rows(str(tmp_path), None, "test", None, seed=0))
+        assert [row.values for row in rows] == [self.ROWS[2]]
+        assert rows[0].place == f"'{tmp_path}' row 1"
+        rows = reading._hub_rows(str(tmp_path), "default", "train", None, seed=0)
+        assert sorted(row.values["n"] for row in rows) == [1, 2]
+        with pytest.raises(DataError, match=r"Bad split: valid. Available splits: .*train"):
+            list(reading._hub_rows(str(tmp_path), None, "valid", None, seed=0))
+
     def test_hub_while_offline(self):
         with pytest.raises(DataError, match=r"Data set 'lab/words' cannot be read.*local txt"):
             next(read_rows("lab/words"))

@@ -126,7 +126,7 @@ class TestTokens:
         tokenizer = load_tokenizer("demo")
         data = prepare(file, tokenizer, tokens=100_000, cache=tmp_path, sequence_length=256)
         stream = data.domains[0].tokens.ravel()
-        texts = {json.loads(line)["text"].strip() for line in file.read_text("utf-8").splitlines()}
+        texts = {json.loads(line)["text"].strip() for line in file.read_bytes().splitlines()}
         starts = np.flatnonzero(stream == tokenizer.eos_token_id)
         for start, end in list(pairwise(starts))[:20]:
             text = tokenizer.decode(stream[start + 1 : end])
@@ -382,17 +382,26 @@ class TestCache:
     def test_key_has_all_that_matters(self, pack, text_file, tmp_path):
         other = character_tokenizer("é")
         first = pack()
-        variants = [
+        others = [
             pack(tokens=816), pack(sequence_length=8), pack(seed=1), pack(tokenizer=other),
             pack(exclude=["nothing"]), pack([{"path": str(text_file), "format": "text"}]),
             pack(vocab_size=120), pack(loss_on="answers"),
         ]  # fmt: skip
-        assert len({data.fingerprint for data in [first, *variants]}) == 9
+        assert len(list((tmp_path / "cache").glob("[!.]*"))) == 1 + len(others)
+        fingerprints = [data.fingerprint for data in others]
+        assert first.fingerprint not in fingerprints[:3]  # other windows
+        assert {first.fingerprint} == set(fingerprints[3:])  # the same, as it happens
+
+    def test_changed_file_is_read_again(self, pack, text_file, tmp_path):
         copy = tmp_path / "text.txt"
         copy.write_bytes(text_file.read_bytes())
-        one = pack(copy).fingerprint
+        first, copied = pack(), pack(copy)
         os.utime(copy, ns=(1, 1))
-        assert len({first.fingerprint, one, pack(copy).fingerprint}) == 3
+        touched = pack(copy)
+        assert len(list((tmp_path / "cache").glob("[!.]*"))) == 3
+        assert first.fingerprint == copied.fingerprint == touched.fingerprint
+        copy.write_text(text_file.read_text().replace("the", "The"))
+        assert pack(copy).fingerprint != first.fingerprint
 
     def test_weights_alone_do_not_tokenise_again(self, pack, text_file, monkeypatch):
         first = pack([{"path": str(text_file), "weight": 1}])

@@ -57,9 +57,11 @@ class Account:
     refusal: str = ""
     exhausted: bool = False
     """Whether the source has no more."""
+    digest: str = ""
+    """Hash of tokens and answers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedDomain:
     """The windows of one source."""
 
@@ -172,6 +174,7 @@ class DomainCache:
                     break
             else:
                 account.exhausted = True
+        account.digest = short_hash([tokens.digest.hexdigest(), answers.digest.hexdigest()])
         if not account.documents:
             raise DataError(_nothing(source, account))
         if account.answer_tokens == tokens.num_rows * length:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -106,7 +107,7 @@ def read_mixture(source: str | Path | Mapping[str, Any] | Mixture) -> Mixture:
         DataError: naming the file and what is wrong in it.
     """
     if isinstance(source, Mixture):
-        return source
+        return _make(source.model_dump(), "The mixture", Path())
     if isinstance(source, Mapping):
         return _make(dict(source), "The mixture", Path())
     name = str(source)
@@ -173,6 +174,7 @@ def _make(content: dict[str, Any], name: str, directory: Path) -> Mixture:
             f"{near_match(unknown[0], names)}"
         )
     total = sum(source.weight for source in sources)
+    total = 1.0 if math.isclose(total, 1) else total  # what is normalised stays as it is
     if not total:
         raise DataError(f"{name}: all weights are 0; give at least one source a positive weight.")
     resolved = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import numpy as np
 
 
 class RowWriter:
-    """Writes values to an .npy file of shape (N, T), N growing. Use as a context manager."""
+    """Writes values to an .npy file of shape (N, T), N growing. Use as a context manager.
+
+    `digest` is a hash of all rows.
+    """
 
     def __init__(self, file: Path, length: int, dtype: Any):
         self.file, self.length, self.dtype = file, length, np.dtype(dtype)
-        self.num_rows = 0
+        self.num_rows, self.digest = 0, hashlib.sha256()
         self._rest = np.empty(0, dtype=self.dtype)
 
     def __enter__(self) -> RowWriter:
@@ -37,6 +41,7 @@ class RowWriter:
         values = np.concatenate([self._rest, values.astype(self.dtype)])
         filled, self._rest = np.split(values, [len(values) // self.length * self.length])
         self._stream.write(filled.data)
+        self.digest.update(filled.data)
         self.num_rows += len(filled) // self.length
         return filled.reshape(-1, self.length)
 

@@ -21,7 +21,7 @@ GROWTH = 4
 that grew most in Sheared-LLaMA, that of C4, grew 3.3-fold (0.15 to 0.492)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedData:
     """All domains of a mixture, ready to draw from with a `WindowSampler`."""
 
@@ -30,7 +30,7 @@ class PackedData:
     repeat: bool
     mixture: Mixture
     fingerprint: str
-    """Changes with whatever changes the windows, and which of them are drawn."""
+    """Changes with the windows and with their proportions, not with where they come from."""
 
     @property
     def num_tokens(self) -> int:
@@ -90,15 +90,15 @@ def prepare(
     )
     sources = [source for source in mixture.sources if source.weight]
     total = -(-tokens // sequence_length)
-    domains, keys = [], []
+    domains = []
     for source in sources:
         needed = windows_needed(total, source.weight, len(sources))
         most = needed if mixture.policy == "fixed" else min(GROWTH * needed, total)
         domain = store.domain(source, most, on_progress or _ignore)
         _check_size(domain, needed, total, len(sources), sequence_length, repeat)
         domains.append(domain)
-        keys.append([source.name, source.weight, store.key(source, most)])
-    return PackedData(domains, sequence_length, repeat, mixture, short_hash(keys))
+    contents = [[d.name, round(d.weight, 9), d.account.digest] for d in domains]
+    return PackedData(domains, sequence_length, repeat, mixture, short_hash(contents))
 
 
 def windows_needed(total: int, weight: float, num_domains: int) -> int:
