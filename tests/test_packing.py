@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -461,6 +462,14 @@ class TestCache:
                 pack()
         assert not list((tmp_path / "cache").glob("[!.]*"))
         assert pack().num_tokens == 800
+
+    def test_disk_that_is_too_small_is_noticed_before(self, pack, tmp_path, monkeypatch):
+        usage = SimpleNamespace(free=2000)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(domains, "read_rows", lambda *_: pytest.fail("read"))
+        with pytest.raises(WritingError, match=r"only 0\.00 GB are free"):
+            pack()
+        assert not (tmp_path / "cache").exists()
 
     def test_place_that_cannot_be_written(self, pack, tmp_path):
         (tmp_path / "file").touch()

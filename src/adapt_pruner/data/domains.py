@@ -26,7 +26,7 @@ from .formats import ChatTemplate, Document, Layout, TemplateRefusal, detect
 from .mixture import Mixture, Source
 from .npy import RowWriter
 from .overlap import Overlap
-from .reading import EMBEDDED, hub_revision, read_rows, strings_in
+from .reading import EMBEDDED, files_in, hub_revision, read_rows, strings_in
 from .tokenising import tokenised
 
 LossOn = Literal["all", "answers"]
@@ -34,6 +34,8 @@ Progress = Callable[[str, int, int], None]
 """Hears the name of a domain, its tokens so far, and the tokens it needs at most."""
 
 _VERSION = 1
+_COMPRESSION = 20
+"""Bytes of text in a byte of a parquet file, at most."""
 _TOKENS, _ANSWERS, _ACCOUNT = "tokens.npy", "answers.npy", "account.json"
 
 
@@ -131,7 +133,7 @@ class DomainCache:
         place = self.directory / f"{name}-{self.key(source, windows)}"
         if packed := _open(place, source):
             return packed
-        check_output(place, overwrite=True)
+        check_output(place, overwrite=True, needed_bytes=self._largest_size(source, windows))
         self.directory.mkdir(parents=True, exist_ok=True)
         with _lock(place.with_name(f".{place.name}.lock")) as is_alone:
             if packed := _open(place, source):  # by whoever held the lock before
@@ -146,6 +148,21 @@ class DomainCache:
         assert packed is not None
         return packed
 
+    @property
+    def _dtype(self) -> type[np.unsignedinteger]:
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def _largest_size(self, source: Source, windows: int) -> int:
+        """Bytes that a domain takes on disk at most."""
+        tokens = windows * self.sequence_length
+        if source.path != EMBEDDED and source.place is not None:
+            sizes = [
+                file.stat().st_size * (_COMPRESSION if file.suffix == ".parquet" else 1)
+                for file in files_in(source.place)
+            ]
+            tokens = min(tokens, sum(sizes))  # a token has at least a byte
+        return tokens * (np.dtype(self._dtype).itemsize + 1)
+
     def _make_template(self, default: str | None) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, default, mark_answers=self.loss_on == "answers")
 
@@ -158,9 +175,8 @@ class DomainCache:
     def _pack(self, source: Source, windows: int, directory: Path, on_progress: Progress) -> None:
         length, account = self.sequence_length, Account()
         documents = self._documents(source, account)
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         with (
-            RowWriter(directory / _TOKENS, length, dtype) as tokens,
+            RowWriter(directory / _TOKENS, length, self._dtype) as tokens,
             RowWriter(directory / _ANSWERS, length, np.bool_) as answers,
         ):
             for ids, has_loss in tokenised(documents, self.tokenizer, self.vocab_size):

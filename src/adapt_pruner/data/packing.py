@@ -98,7 +98,8 @@ def prepare(
         _check_size(domain, needed, total, len(sources), sequence_length, repeat)
         domains.append(domain)
     contents = [[d.name, round(d.weight, 9), d.account.digest] for d in domains]
-    return PackedData(domains, sequence_length, repeat, mixture, short_hash(contents))
+    fingerprint = short_hash([sequence_length, contents])
+    return PackedData(domains, sequence_length, repeat, mixture, fingerprint)
 
 
 def windows_needed(total: int, weight: float, num_domains: int) -> int:
