@@ -265,7 +265,9 @@ def _no_column(source: str, column: str, row: Row) -> str:
     return f"'{source}' has no column '{column}' ({row.place}); it has {has}.{hint}"
 
 
-def detect(row: Row, source: str, format: str = "auto", columns: dict[str, str] | None = None):
+def detect(
+    row: Row, source: str, format: str = "auto", columns: dict[str, str] | None = None
+) -> Layout:
     """The layout of a source, from its first row and what is said about it.
 
     Args:

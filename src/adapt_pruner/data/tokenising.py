@@ -6,7 +6,6 @@ Shapes: n tokens of one document.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import numpy as np
 from .calibration import check_vocabulary
 from .formats import Document
 
-_BATCH = 256
+_DOCUMENTS, _CHARACTERS = 256, 4_000_000
+"""Of a batch, at most: the library takes some hundred bytes per token."""
 
 Tokens = tuple[np.ndarray, np.ndarray]
 """(n,) int64 token ids, and (n,) bool whether each has loss."""
@@ -30,8 +30,7 @@ def tokenised(documents: Iterable[Document], tokenizer: Any, vocab_size: int) ->
         CalibrationError: for a token that the model's vocabulary does not have.
     """
     eos, follows_eos = tokenizer.eos_token_id, False
-    documents = iter(documents)
-    while batch := list(islice(documents, _BATCH)):
+    for batch in _batches(documents):
         for ids, has_loss in _tokenise(batch, tokenizer):
             if not len(ids):
                 continue
@@ -42,6 +41,18 @@ def tokenised(documents: Iterable[Document], tokenizer: Any, vocab_size: int) ->
                 ids, has_loss = ids[1:], has_loss[1:]
             follows_eos = ids[-1] == eos
             yield ids, has_loss
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _DOCUMENTS or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _tokenise(batch: list[Document], tokenizer: Any) -> Iterator[Tokens]:
