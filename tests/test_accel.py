@@ -247,8 +247,8 @@ def half_a_file(tensors, file, *args) -> None:
 
 
 KILLS: dict[str, Callable[[], None]] = {
-    "while data are tokenised": lambda: kill_at(_packing()._Job, "_pack", 1, True),
-    "when data are there": lambda: kill_at(_packing()._Job, "_pack", 1, False),
+    "while data are tokenised": lambda: kill_at(_domains().DomainCache, "_pack", 1, True),
+    "when data are there": lambda: kill_at(_domains().DomainCache, "_pack", 1, False),
     "inside the first cut": lambda: kill_at(_slicing(), "cut_group", 2, False),
     "inside the second cut": lambda: kill_at(_slicing(), "cut_group", 9, False),
     "between cut and training": lambda: kill_at(Run, "cut", 2, False),
@@ -263,10 +263,10 @@ KILLS: dict[str, Callable[[], None]] = {
 }
 
 
-def _packing():
-    from adapt_pruner.data import packing
+def _domains():
+    from adapt_pruner.data import domains
 
-    return packing
+    return domains
 
 
 def _slicing():
