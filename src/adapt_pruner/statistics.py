@@ -1,7 +1,9 @@
 """The only place that runs a model to score it: one stream over the calibration windows.
 
 Whatever a method asks for (`Wants`) is gathered in the same pass. Each window contributes its mean
-loss per token; sums run over windows, so results do not depend on the micro-batch size.
+loss per token; sums run over windows, so results do not depend on the micro-batch size. Where
+several processes run (torch.distributed), each takes its share of the windows, and the sums run over
+all of them, so that every process gets the same statistics.
 
 Shapes: B windows, T tokens, D hidden size, U units, K columns per unit, C = U * K columns.
 """
@@ -168,13 +170,26 @@ def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistic
     observer = _Observer(anatomy, wants, how)
     device = model.get_input_embeddings().weight.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    rank, processes = _processes(len(windows_BT))
+    own_BT = windows_BT[rank::processes]
     with observer.attached(), torch.set_grad_enabled(wants.backward):
-        for start in range(0, len(windows_BT), size):
-            batch_BT = windows_BT[start : start + size].to(device)
+        for start in range(0, len(own_BT), size):
+            batch_BT = own_BT[start : start + size].to(device)
             loss += _run_micro_batch(model, batch_BT, wants.backward)
-            on_progress(start + len(batch_BT))
+            on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
+    if processes > 1:
+        torch.distributed.all_reduce(loss)
+        observer.sum_over_processes()
     num_windows, window_length = windows_BT.shape
     return observer.statistics(num_windows, window_length, loss.item())
+
+
+def _processes(num_windows: int) -> tuple[int, int]:
+    """Index of this process and number of processes that share the windows."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not there or torch.distributed.get_world_size() > num_windows:
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float:
@@ -292,6 +307,21 @@ class _Observer:
         parameter.grad = None
         _add(self.sums.fisher, parameter, gradient.float().square())
         _add(self.gradients, parameter, gradient)
+
+    def sum_over_processes(self) -> None:
+        """Replace all sums by those over all processes; every process calls it."""
+        sums = self.sums
+        for i, layer in enumerate(self.distances):
+            self.distances[i] = [torch.stack(layer).sum()]
+        own = [distance for (distance,) in self.distances]
+        for table in (sums.unit_gradient_abs, sums.unit_gradient_squared, sums.gram, sums.fisher):
+            own += table.values()
+        if self.wants.of_weights:
+            for parameter in prunable_matrices(self.anatomy):
+                gradient = self.gradients.get(parameter, parameter.grad)
+                own += [gradient] if gradient is not None else []
+        for tensor in own:
+            torch.distributed.all_reduce(tensor)
 
     def statistics(self, num_windows: int, window_length: int, loss: float) -> Statistics:
         """Turn the sums over windows into means."""

@@ -322,6 +322,7 @@ class Run:
             training={
                 "tokens": progress.tokens,
                 "steps": progress.step,
+                "processes": self.accelerator.num_processes,
                 "settings": self.recovery.model_dump(mode="json"),
                 "data": self.request.data,
                 "windows_of_domain": self.sampler.drawn,
