@@ -349,7 +349,7 @@ class TestFormats:
         ("row", "format", "columns", "says"),
         [
             ({"body": "a", "id": 1}, "auto", {}, "'a' has none of the columns .* has body, id"),
-            ({"body": "a"}, "chat", {}, "needs .chat: messages.;  it has body"),
+            ({"body": "a"}, "chat", {}, "needs .chat: messages.; it has body"),
             ({"body": "a"}, "auto", {"text": "bodi"}, "no column 'bodi' .*Did you mean 'body'"),
         ],
     )
