@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from ..api import Listener
+from ..recovery.request import AccelListener
 
 if TYPE_CHECKING:
     from ..api import PruningResult
@@ -147,7 +148,7 @@ def show_plan(plan: Plan) -> None:
     out.print(f"time (estimate for this machine): {minutes} min {seconds} s")
 
 
-class TrainingProgress:
+class TrainingProgress(AccelListener):
     """A live bar over all tokens of a run, and a line per finished phase. Shown by the first of
     several processes. Use as a context manager."""
 
@@ -176,6 +177,11 @@ class TrainingProgress:
 
     def on_prepare(self, what: str) -> None:
         self.bar.update(self.task, description=what)
+
+    def on_data(self, lines: list[str]) -> None:
+        if self.is_shown:
+            for line in lines:
+                err.print(line, soft_wrap=True)
 
     def on_phase(self, phase: Phase, phases: tuple[Phase, ...]) -> None:
         self.phase, self.phases = phase.number, len(phases)
