@@ -39,7 +39,12 @@ class PruneSettings(BaseModel):
         Field(description="Refit output projections on the units that stay, in closed form."),
     ] = "refit"
     ridge: Annotated[
-        float, Field(gt=0, description="Strength of the refit's pull to the present weights.")
+        float,
+        Field(
+            gt=0,
+            description="Strength of the refit's pull to the present weights; residual-fisher "
+            "scores assume the same.",
+        ),
     ] = 0.01
     steps: Annotated[
         int,
