@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import adapt_pruner
 from adapt_pruner import find_anatomy, load_calibration, load_model, prune
 from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.recovery import state, training
@@ -460,6 +461,17 @@ def test_plan_of_8b_on_eight_gpus_needs_a_configuration_alone(tmp_path):
     assert plan.gpu_hours == pytest.approx(plan.flops / 400e12 / 3600)
     halved = replace(request, settings=settings.model_copy(update={"dtype": "bfloat16"}))
     assert plan_accel(halved, gpus=8).memory_bytes["weights"] == 2 * first // 8
+
+
+def test_python_takes_all_settings_by_name(request_, text_file, uninterrupted, tmp_path):
+    outcome = adapt_pruner.accel(
+        request_.model, tmp_path / "run", data=str(text_file), tokens=768, sparsity=0.4,
+        calibration=str(text_file), windows=4, window_length=12, steps=3, save_steps=3, **TRAINING,
+    )  # fmt: skip
+    assert outcome.result is not None
+    assert_equal(tmp_path / "run", uninterrupted)
+    with pytest.raises(InvalidSettings, match="Did you mean 'windows'"):
+        adapt_pruner.accel("demo", tmp_path / "no", data="x", tokens=1, sparsity=0.4, windws=4)
 
 
 # Through the command line.
