@@ -15,8 +15,11 @@ _per_layer.register()
 _EXPORTS = {
     "AdaptPrunerError": "errors",
     "CalibrationData": "data",
+    "Evaluation": "evaluation",
     "PruneSettings": "settings",
     "PruningResult": "api",
+    "ResultStore": "evaluation",
+    "evaluate": "evaluation",
     "find_anatomy": "anatomy",
     "load_calibration": "data",
     "load_model": "loading",

@@ -140,12 +140,15 @@ def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
     try:
         return PruneSettings(**{**PRESETS[preset], **values})
     except ValidationError as error:
-        raise InvalidSettings(_explain(error)) from None
+        raise InvalidSettings(explain(error, PruneSettings)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Say in one sentence what pydantic found wrong first."""
     problem = error.errors()[0]
+    if problem["type"] == "value_error":  # of several settings together
+        return f"{problem['msg'].removeprefix('Value error, ')}; got {problem['input']}."
     name = ".".join(map(str, problem["loc"][:1]))
     if problem["type"] == "extra_forbidden":
-        return f"There is no setting '{name}'.{near_match(name, PruneSettings.model_fields)}"
+        return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
     return f"{name}: {problem['msg']}; got {problem['input']!r}."
