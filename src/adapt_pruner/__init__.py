@@ -16,6 +16,7 @@ _EXPORTS = {
     "AdaptPrunerError": "errors",
     "CalibrationData": "data",
     "Evaluation": "evaluation",
+    "EvaluationSettings": "settings",
     "PruneSettings": "settings",
     "PruningResult": "api",
     "ResultStore": "evaluation",

@@ -46,6 +46,10 @@ class NonFiniteError(AdaptPrunerError, ArithmeticError):
     """A loss, gradient or activation is NaN or infinite."""
 
 
+class Interrupted(AdaptPrunerError):
+    """The user stopped a run; says what is kept."""
+
+
 def near_match(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name nearest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

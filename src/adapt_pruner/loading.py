@@ -127,7 +127,7 @@ def load_model(
 
 
 def resolve_device(name: str) -> str:
-    """Turn "auto" into the first GPU, or the CPU; raise InvalidSettings for one that is not here."""
+    """Turn "auto" into the first GPU, or the CPU. Raises InvalidSettings for what is not here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

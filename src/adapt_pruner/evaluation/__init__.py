@@ -7,7 +7,6 @@ from .measure import evaluate as evaluate
 from .perplexity import Perplexity as Perplexity
 from .perplexity import evaluation_texts as evaluation_texts
 from .perplexity import perplexity as perplexity
-from .settings import EvaluationSettings as EvaluationSettings
 from .speed import Speed as Speed
 from .speed import compare_speed as compare_speed
 from .store import ResultStore as ResultStore

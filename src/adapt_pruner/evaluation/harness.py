@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,8 @@ from tqdm import tqdm
 
 from ..data.calibration import check_vocabulary
 from ..errors import AdaptPrunerError, EvaluationError, NonFiniteError, near_match
+from ..settings import EvaluationSettings
 from . import fingerprint, task_data
-from .settings import EvaluationSettings
 from .suites import SUITES, Benchmark
 
 SEEDS = (0, 1234, 1234, 1234)
@@ -166,7 +167,7 @@ def _load(
         # A tag stands for its tasks, a group for itself.
         parts += [entry["groups"][name]] if name in entry["groups"] else entry["tasks"].values()
     tasks = {name: task for entry in found for name, task in entry["tasks"].items()}
-    for name, task in tasks.items():
+    for task in tasks.values():
         shots = _shots(row, settings, task.get_config("num_fewshot"))
         task.set_config(key="num_fewshot", value=shots)
         seed = SEEDS[3] if settings.seed is None else settings.seed
@@ -197,10 +198,8 @@ def describe_data(task: Any, settings: EvaluationSettings) -> dict[str, Any]:
     files = arguments.get("data_files")
     info = next(iter(task.dataset.values())).info if hasattr(task.dataset, "values") else None
     # On the hub: "hf://datasets/allenai/ai2_arc@210d026.../ARC-Easy/test-00000-of-00001.parquet"
-    sources = list((info.download_checksums or {}) if info else {})
-    revisions = {
-        s.split("@")[1].split("/")[0] for s in sources if s.startswith("hf://") and "@" in s
-    }
+    sources = (info.download_checksums or {}) if info else {}
+    revisions = set(re.findall(r"hf://[^@]+@([^/]+)", "\n".join(sources)))
     return {
         "source": sorted(Path(f).name for f in files.values()) if files else task.DATASET_PATH,
         "revision": revisions.pop() if len(revisions) == 1 else None,

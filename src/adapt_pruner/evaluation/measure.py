@@ -15,9 +15,9 @@ import torch
 from ..data.calibration import EMBEDDED
 from ..errors import EvaluationError, InvalidSettings, MissingExtra, WritingError
 from ..loading import check_causal, load_config, load_model, load_tokenizer, resolve_device
+from ..settings import EvaluationSettings, make_evaluation_settings
 from . import fingerprint
 from .perplexity import evaluation_texts, perplexity
-from .settings import EvaluationSettings, make_evaluation_settings
 from .store import Record, ResultStore
 from .suites import Suite, find_suites
 
@@ -50,7 +50,6 @@ class Evaluation:
     model: str
     parameters: int
     scores: list[Score]
-    averages: dict[str, Score]
     settings: EvaluationSettings
     records: list[Record] = field(default_factory=list)
     """Per task or text: the key that determines the result, the result, date and git hash."""
@@ -59,15 +58,13 @@ class Evaluation:
 
     def score(self, name: str, metric: str | None = None) -> Score:
         """Find a figure by the name of its benchmark, task, text or average."""
-        found = [*self.scores, *self.averages.values()]
-        return next(s for s in found if s.name == name and metric in (None, s.metric))
+        return next(s for s in self.scores if s.name == name and metric in (None, s.metric))
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "parameters": self.parameters,
             "scores": [asdict(score) for score in self.scores],
-            "averages": [asdict(score) for score in self.averages.values()],
             "settings": self.settings.model_dump(mode="json"),
             "records": [asdict(record) for record in self.records],
         }
@@ -133,13 +130,12 @@ def evaluate(
         )
     subject = Subject(model, tokenizer, settings, trust_remote_code)
     run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
-    scores, averages = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
+    scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
     scores += [score for source in texts for score in run.text(source)]
     return Evaluation(
         subject.name,
         run.records[0].result["parameters"],
         scores,
-        averages,
         settings,
         run.records,
         run.num_cached,
@@ -229,29 +225,36 @@ class _Run:
 
     def tasks(
         self, suites: Sequence[Suite], names: Sequence[str], directories: Sequence[Path]
-    ) -> tuple[list[Score], dict[str, Score]]:
-        """Scores of all rows, and the averages of the suites."""
+    ) -> list[Score]:
+        """Scores of all rows, each suite followed by its averages."""
         if not suites and not names:
-            return [], {}
+            return []
         harness = _import_harness()
-        wanted = [harness.Wanted.of_suite(b) for suite in suites for b in suite.benchmarks]
+        of_suites = [[harness.Wanted.of_suite(b) for b in suite.benchmarks] for suite in suites]
+        wanted = [row for rows in of_suites for row in rows]
         wanted += [harness.Wanted(name, (name,)) for name in names]
+        scores: list[Score] = []
         with harness.load_tasks(wanted, directories, self.settings) as rows:
-            count, number = sum(len(row.tasks) for row in rows), 0
-            scores = []
-            for row in rows:
-                metrics = {}
-                for name, task in row.tasks.items():
-                    self.listener.on_task(name, number, count)
-                    metrics[name] = self._task(harness, name, task).result["metrics"]
-                    number += 1
-                scores += _scores(row, metrics, self.records[-len(row.tasks) :])
-        averages = {
-            label: _average(label, [s for s in scores if s.name in members])
-            for suite in suites
-            for label, members in suite.averages.items()
-        }
-        return scores, averages
+            count = sum(len(row.tasks) for row in rows)
+            left = iter(rows)
+            for suite in suites:
+                measured = [
+                    s for _ in suite.benchmarks for s in self._row(harness, next(left), count)
+                ]
+                scores += measured
+                scores += (
+                    _average(label, [s for s in measured if s.name in members])
+                    for label, members in suite.averages.items()
+                )
+            scores += (score for row in left for score in self._row(harness, row, count))
+        return scores
+
+    def _row(self, harness: Any, row: Loaded, count: int) -> Iterator[Score]:
+        metrics = {}
+        for name, task in row.tasks.items():
+            self.listener.on_task(name, len(self.records), count)
+            metrics[name] = self._task(harness, name, task).result["metrics"]
+        yield from _scores(row, metrics, self.records[-len(row.tasks) :])
 
     def _task(self, harness: Any, name: str, task: Any) -> Record:
         data = harness.describe_data(task, self.settings)

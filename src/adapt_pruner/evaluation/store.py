@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -14,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import WritingError
+from ..files import write_json_atomically
 
 VARIABLE = "ADAPT_PRUNER_CACHE"
 """Environment variable that names another directory than the user's cache."""
@@ -70,21 +69,7 @@ class ResultStore:
             ValueError: if the result holds NaN or infinity.
         """
         record = Record.now(key, result)
-        file = self._file(record.key)
-        partial = None
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=self.directory)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(asdict(record), stream, indent=1)
-            os.replace(partial, file)
-        except OSError as error:
-            if partial:
-                Path(partial).unlink(missing_ok=True)
-            raise WritingError(
-                f"The result could not be stored in '{self.directory}': {error.strerror}. Free "
-                f"some space, or name another directory with --cache-dir or {VARIABLE}."
-            ) from error
+        write_json_atomically(self._file(record.key), asdict(record))
         return record
 
     def compute(
