@@ -133,6 +133,18 @@ def short(count: float) -> str:
     return f"{count:.4g}"
 
 
+def in_bytes(count: float) -> str:
+    """Bytes as people write them: 1.82 GB.
+
+    >>> in_bytes(3643776)
+    '3.644 MB'
+    """
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:.0f} B"
+
+
 def show_result(result: PruningResult) -> None:
     """The final table: both sizes, before and after, and what was measured."""
     before, after = result.before, result.after

@@ -18,6 +18,8 @@ class Program(click.Group):
     commands_in = {  # noqa: RUF012
         "prune": "prune",
         "evaluate": "evaluate",
+        "bench": "bench",
+        "inspect": "inspect",
         "demo": "demo",
     }
 

@@ -259,6 +259,12 @@ class Harnessed(HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["disable_tqdm"] = True
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise EvaluationError(
+                f"An answer of this task has {longest} tokens, and the model reads at most "
+                f"{self.max_length}; lm-eval cannot score it. Measure other tasks, or fewer items."
+            )
         found = super()._loglikelihood_tokens(requests, *args, **kwargs)
         if any(math.isnan(value) for value, _ in found):
             raise NonFiniteError("The model puts out NaN. Try --dtype float32.")

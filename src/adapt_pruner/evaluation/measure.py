@@ -10,11 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..data.calibration import EMBEDDED
 from ..errors import EvaluationError, InvalidSettings, MissingExtra, WritingError
-from ..loading import check_causal, load_config, load_model, load_tokenizer, resolve_device
+from ..loading import (
+    check_causal,
+    describe_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from ..settings import EvaluationSettings, make_evaluation_settings
 from . import fingerprint
 from .perplexity import evaluation_texts, perplexity
@@ -341,7 +346,7 @@ class _Run:
             model = self.subject.model
             result |= {
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "device": _describe(model.device),
+                "device": describe_device(model.device),
                 "seconds": time.perf_counter() - began,
             }
             try:
@@ -414,10 +419,6 @@ def _average(label: str, scores: Sequence[Score]) -> Score:
     error = _mean_error([score.stderr for score in scores])
     samples = sum(score.num_samples for score in scores)
     return Score(label, "mean", value, error, None, samples, True)
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _listed(value: Any) -> list[Any]:
