@@ -105,13 +105,14 @@ def _budget(model: Any, anatomy: Anatomy) -> dict[str, int]:
     head = model.get_output_embeddings()
     owners = {id(p): "head" for p in (head.parameters() if head is not None else ())}
     owners[id(model.get_input_embeddings().weight)] = "embeddings"
-    budget = dict.fromkeys(("embeddings", "attention", "MLP", "norms", "others", "head"), 0)
+    parts = ("embeddings", "attention", "MLP", "norms", "others", "head")
+    budget: dict[str, int] = dict.fromkeys(parts, 0)
     for name, parameter in model.named_parameters():
         inside = name.removeprefix(architecture.layers).lstrip(".0123456789")
         part = owners.get(id(parameter)) or next(
             (part for prefix, part in prefixes.items() if inside.startswith(prefix)),
-            # Matrices without a name in the architecture are never cut: convolutions, some attention.
-            "norms" if parameter.dim() < 2 else "others",
+            # What else there is in a layer is never cut: convolutions, GPT-NeoX's attention.
+            "norms" if "norm" in name else "others",
         )
         budget[part] += parameter.numel()
     return {part: count for part, count in budget.items() if count}

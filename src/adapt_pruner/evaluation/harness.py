@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.evaluator_utils import get_sample_size
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
@@ -212,7 +212,10 @@ def _limit(task: Any, settings: EvaluationSettings) -> int | None:
     return int(size) if size else None
 
 
-class Harnessed(HFLM):
+_HFLM: Any = huggingface.HFLM
+
+
+class Harnessed(_HFLM):
     """lm-eval's Hugging Face model, without its own progress bars, and with a watchful eye."""
 
     on_progress: Callable[[int, int | None], None] = staticmethod(lambda done, total: None)
