@@ -51,11 +51,11 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
+def pruned(tmp_path_factory, text_file):
     """The embedded model with a third of it gone, in memory and in a directory."""
     model, tokenizer = load_model("demo"), load_tokenizer("demo")
     result = prune(
-        model, tokenizer, sparsity=0.3, calibration="pydocs", windows=4, window_length=16, steps=1
+        model, tokenizer, sparsity=0.3, calibration=text_file, windows=4, window_length=16, steps=1
     )
     return result, result.save(tmp_path_factory.mktemp("pruned") / "smaller")
 
@@ -119,7 +119,22 @@ class TestEqualToLmEval:
         theirs = lm_eval_command(str(directory), data, tmp_path)
         assert measured(in_memory) == {task: figures(theirs[task]) for task in TASKS}
 
-    def test_groups_are_aggregated_by_lm_eval(self, data, tmp_path):
+    def test_group_is_the_mean_over_all_items(self, llama, tmp_path):
+        sets = ("aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-math",
+                "sat-en-without-passage")  # fmt: skip
+        for number, name in enumerate(sets):
+            rows = [{"query": f"{n} or {number}?", "choices": ["(A)x", "(B)yy"], "gold": [n % 2]}
+                    for n in range(1 + number % 3)]  # fmt: skip
+            task_items.write_rows(tmp_path / f"agieval_{name}.test.jsonl", rows)
+        found = evaluate(llama, tasks="agieval_nous", task_data=tmp_path)
+        right = sum(r.result["metrics"]["acc_norm,none"] * r.result["num_samples"]
+                    for r in found.records)  # fmt: skip
+        score = found.score("agieval_nous", "acc_norm")
+        assert len(found.records) == 8
+        assert score.num_samples == 15
+        assert score.value == pytest.approx(right / 15)
+
+    def test_one_file_may_hold_all_subjects_and_shots_have_their_own(self, tmp_path):
         subjects = ["abstract_algebra", "anatomy"]
         rows = [{**task_items.MMLU, "subject": s} for s in subjects for _ in range(2)]
         for split in ("dev", "test"):
@@ -128,6 +143,10 @@ class TestEqualToLmEval:
         found = evaluate("demo", tasks=names, task_data=tmp_path, num_fewshot=1)
         assert [record.key["num_fewshot"] for record in found.records] == [1, 1]
         assert [record.result["num_samples"] for record in found.records] == [2, 2]
+        (tmp_path / "mmlu.dev.jsonl").unlink()
+        assert evaluate("demo", tasks=names, task_data=tmp_path).scores
+        with pytest.raises(EvaluationError, match=r"no 'mmlu_abstract_algebra\.dev\.jsonl'"):
+            evaluate("demo", tasks=names, task_data=tmp_path, num_fewshot=1)
 
 
 class TestSuites:
@@ -184,14 +203,14 @@ class TestSuites:
 
 
 class TestCache:
-    def test_nothing_is_computed_twice_and_no_weights_are_read(self, data, monkeypatch):
-        first = evaluate("demo", tasks="boolq,piqa", task_data=data, text="pydocs", limit=1)
+    def test_nothing_is_computed_twice_and_no_weights_are_read(self, data, text_file, monkeypatch):
+        first = evaluate("demo", tasks="boolq,piqa", task_data=data, text=text_file, limit=1)
 
         def refuse(*args, **kwargs):
             raise AssertionError("weights are read")
 
         monkeypatch.setattr(measure, "load_model", refuse)
-        again = evaluate("demo", tasks="boolq,piqa", task_data=data, text="pydocs", limit=1)
+        again = evaluate("demo", tasks="boolq,piqa", task_data=data, text=text_file, limit=1)
         assert (first.num_cached, again.num_cached) == (0, 3)
         assert again.scores == first.scores
         assert again.parameters == first.parameters == 910_944
@@ -363,13 +382,17 @@ class TestRefusals:
             ("openbookqa", {"question": "x", "choices": {"text": ["a"], "label": ["A"]},
                             "answerKey": "A"}, "no column 'question_stem'"),
             ("boolq", {"passage": "x", "label": 0}, "'boolq' cannot be used: .*question"),
-            ("boolq", {"passage": "x", "question": "y", "label": 2}, "answer 2, which is none of"),
+            ("boolq", {"passage": "x", "question": "y", "label": 2},
+             "Item 2 .*answer 2, which is none of its 2 choices"),
             ("boolq", {"passage": "x", "question": "y", "label": -1}, "answer -1, which is none"),
         ],
     )  # fmt: skip
     def test_data_of_another_form(self, llama, tmp_path, task, row, says):
         split = "test" if task == "openbookqa" else "validation"
-        task_items.write_rows(tmp_path / f"{task}.{split}.jsonl", [row])
+        good = (
+            task_items.ITEMS["boolq.validation"] if "question" in row and "passage" in row else []
+        )
+        task_items.write_rows(tmp_path / f"{task}.{split}.jsonl", [*good, row])
         self.refuse(EvaluationError, says, llama, tasks=task, task_data=tmp_path)
 
     def test_damaged_data(self, llama, tmp_path):
@@ -449,11 +472,11 @@ class TestRefusals:
 
 
 class TestCommand:
-    def test_table_and_json(self, cli, data, tmp_path, llama):
+    def test_table_and_json(self, cli, data, text_file, tmp_path, llama):
         file = tmp_path / "out.json"
         done = cli(
             "evaluate", "demo", llama, "--tasks", "boolq,wikitext", "--task-data", data,
-            "--text", "pydocs", "--limit", 1, "--json", file,
+            "--text", text_file, "--limit", 1, "--json", file,
         )  # fmt: skip
         assert (done.status, done.err) == (0, ""), done.err
         lines = [line.split() for line in done.out.splitlines()]
@@ -485,16 +508,16 @@ class TestCommand:
         assert says in done.err
         assert done.err.count("\n") == 1
 
-    def test_second_model_is_looked_at_before_the_first_is_measured(self, cli, cache):
-        done = cli("evaluate", "demo", "./nowhere", "--text", "pydocs", "--limit", 1)
+    def test_second_model_is_looked_at_before_the_first_is_measured(self, cli, cache, text_file):
+        done = cli("evaluate", "demo", "./nowhere", "--text", text_file)
         assert "There is no model directory './nowhere'" in done.err
         assert not cache.exists()
 
-    def test_interruption_says_what_is_kept(self, cli, monkeypatch):
+    def test_interruption_says_what_is_kept(self, cli, text_file, monkeypatch):
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(measure, "perplexity", interrupt)
-        done = cli("evaluate", "demo", "--text", "pydocs")
+        done = cli("evaluate", "demo", "--text", text_file)
         assert done.status == 130
         assert "the same command goes on from there" in done.err
