@@ -325,6 +325,11 @@ class TestText:
         assert not tokens.higher_is_better
         assert 0 < bits.stderr < bits.value  # type: ignore[operator]
 
+    @pytest.mark.parametrize(("limit", "count"), [(None, 40), (1, 1), (3, 3), (0.1, 4), (99, 40)])
+    def test_limit_counts_documents(self, llama, text_file, limit, count):
+        found = evaluate(llama, text=text_file, limit=limit)
+        assert found.records[0].result["num_documents"] == count
+
 
 class TestModelIsLeftAsItWas:
     def test_mode_and_tokenizer(self, llama, tokenizer, data):

@@ -161,8 +161,8 @@ def _load(
     manager: TaskManager, row: Wanted, is_local: bool, settings: EvaluationSettings
 ) -> Loaded:
     with _explained(row.name, "The data of", _hint(manager, row, is_local)), _hushed():
-        found = [manager.load([name]) for name in row.tasks]
-    parts = []
+        found: list[Any] = [manager.load([name]) for name in row.tasks]
+    parts: list[Any] = []
     for name, entry in zip(row.tasks, found, strict=True):
         # A tag stands for its tasks, a group for itself.
         parts += [entry["groups"][name]] if name in entry["groups"] else entry["tasks"].values()
