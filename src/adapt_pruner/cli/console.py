@@ -112,7 +112,8 @@ class TaskBar(EvaluationListener):
 
     def on_task(self, name: str, number: int, count: int) -> None:
         of = f" ({number + 1} of {count})" if count > 1 else ""
-        self.bar.reset(self.task, total=None, description=f"{self.prefix}{name}{of}")
+        self.bar.reset(self.task, description=f"{self.prefix}{name}{of}")
+        self.bar.tasks[self.task].total = None  # not known yet; `reset` would keep the last one
 
     def on_progress(self, done: int, total: int | None) -> None:
         self.bar.update(self.task, completed=done, total=total)
