@@ -122,7 +122,7 @@ def _find(
         for name in _names(task, config):
             for suffix in FORMATS:
                 if file := files.get(_plain(f"{name}.{split}{suffix}")):
-                    return file.resolve()
+                    return file.absolute()
     return None
 
 
