@@ -204,14 +204,15 @@ class TestSuites:
 
 class TestCache:
     def test_nothing_is_computed_twice_and_no_weights_are_read(self, data, text_file, monkeypatch):
-        first = evaluate("demo", tasks="boolq,piqa", task_data=data, text=text_file, limit=1)
+        tasks = "boolq,winogrande,wikitext"
+        first = evaluate("demo", tasks=tasks, task_data=data, text=text_file, limit=1)
 
         def refuse(*args, **kwargs):
             raise AssertionError("weights are read")
 
         monkeypatch.setattr(measure, "load_model", refuse)
-        again = evaluate("demo", tasks="boolq,piqa", task_data=data, text=text_file, limit=1)
-        assert (first.num_cached, again.num_cached) == (0, 3)
+        again = evaluate("demo", tasks=tasks, task_data=data, text=text_file, limit=1)
+        assert (first.num_cached, again.num_cached) == (0, 4)
         assert again.scores == first.scores
         assert again.parameters == first.parameters == 910_944
 
@@ -248,6 +249,15 @@ class TestCache:
         assert (cached(), cached()) == (0, 1)
         character_tokenizer("äö").save_pretrained(model)
         assert (cached(), cached()) == (0, 1)
+
+    def test_definition_of_the_task_belongs_to_the_key(self, data):
+        row = harness.Wanted("boolq", ("boolq",))
+        with harness.load_tasks([row], [data], EvaluationSettings()) as (loaded,):
+            (task,) = loaded.tasks.values()
+            before = harness.definition_of(task)
+            assert before == harness.definition_of(task)
+            task.set_config("doc_to_text", "{{question}}")
+            assert before != harness.definition_of(task)
 
     def test_text_depends_on_window_and_stride(self, llama, text_file):
         def cached(**settings: Any) -> int:

@@ -273,6 +273,7 @@ class _Run:
             **self.subject.key,
             "task": name,
             "task_version": task.VERSION,
+            "definition": harness.definition_of(task),
             "num_fewshot": task.get_config("num_fewshot"),
             "data": data["fingerprint"],
             "limit": self.settings.limit,
