@@ -3,7 +3,9 @@
     python benchmarks/quality.py [--model demo] [--text TRAIN --heldout TEXT] [--seeds 3]
 
 Without arguments: the embedded model, calibrated on its training text and measured on the held-out
-part. Perplexity is per token, on at most 100 windows of 256 tokens.
+part. Perplexity is per token, on at most 100 windows of 256 tokens of each text; of several texts
+(`--heldout a.jsonl,b.jsonl`) the geometric mean. `--set steps=8,windows=256` changes settings of
+every variant.
 """
 
 from __future__ import annotations
@@ -37,22 +39,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--text", default="pydocs", help="calibration text")
-    parser.add_argument("--heldout", default="pydocs", help="text to measure on")
+    parser.add_argument("--heldout", default="pydocs", help="texts to measure on, with commas")
     parser.add_argument("--sparsities", default="0.2,0.4,0.6")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=100)
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas")
+    parser.add_argument("--set", default="", help="settings of all variants: steps=8,windows=256")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
     tokenizer = load_tokenizer(arguments.model)
-    texts = evaluation_texts(arguments.heldout)
+    heldout = [evaluation_texts(source) for source in arguments.heldout.split(",")]
+    common = dict(pair.split("=", 1) for pair in arguments.set.split(",") if pair)
 
     def measure(model) -> float:
-        found = perplexity(model, tokenizer, texts, max_windows=arguments.windows)
-        return found.perplexity
+        return statistics.geometric_mean(
+            perplexity(model, tokenizer, texts, max_windows=arguments.windows).perplexity
+            for texts in heldout
+        )
 
     dense = measure(load_model(arguments.model))
     results: dict = {
@@ -74,7 +80,7 @@ def main() -> None:
         for sparsity in sparsities:
             found = []
             for seed in range(arguments.seeds):
-                settings = make_settings(**changes, seed=seed)
+                settings = make_settings(**{**changes, **common}, seed=seed)
                 key = settings.windows, settings.window_length, seed
                 if key not in data:
                     data[key] = load_calibration(

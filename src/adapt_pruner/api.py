@@ -75,6 +75,8 @@ class PruningResult:
     """What was measured before and after, such as {"perplexity": {"before": 7., "after": 9.}}."""
     previous: dict[str, Any] | None = None
     """The record of an earlier pruning of the same model, if it had one."""
+    training: dict[str, Any] | None = None
+    """The account of recovery training, if there was any."""
 
     @property
     def sparsity(self) -> float:
@@ -196,7 +198,7 @@ def prune(
         kept=original,
         steps=steps,
         seconds=time.perf_counter() - began,
-        previous=_previous_record(model),
+        previous=previous_record(model),
     )
 
 
@@ -222,7 +224,8 @@ def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationD
     )
 
 
-def _previous_record(model) -> dict[str, Any] | None:
+def previous_record(model: Any) -> dict[str, Any] | None:
+    """The record of the pruning that the model's own directory tells of, if it does."""
     file = Path(getattr(model.config, "_name_or_path", "") or ".") / PRUNING_FILE
     if model.config._name_or_path and file.is_file():
         return read_json(file)

@@ -40,7 +40,12 @@ class PruneSettings(BaseModel):
         Field(description="Refit output projections on the units that stay, in closed form."),
     ] = "refit"
     ridge: Annotated[
-        float, Field(gt=0, description="Strength of the refit's pull to the present weights.")
+        float,
+        Field(
+            gt=0,
+            description="Strength of the refit's pull to the present weights; residual-fisher "
+            "scores assume the same.",
+        ),
     ] = 0.01
     steps: Annotated[
         int,
@@ -234,11 +239,11 @@ def _make(settings: type[Settings], values: dict[str, Any]) -> Settings:
     try:
         return settings(**values)
     except ValidationError as error:
-        raise InvalidSettings(_explain(error, settings)) from None
+        raise InvalidSettings(explain(error, settings)) from None
 
 
-def _explain(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Say in one sentence what pydantic found wrong first."""
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """One sentence about the first problem that pydantic found."""
     problem = error.errors()[0]
     if problem["type"] == "value_error":  # of several settings together
         return f"{problem['msg'].removeprefix('Value error, ')}; got {problem['input']}."

@@ -45,6 +45,7 @@ def run_record(result: PruningResult) -> dict[str, Any]:
         "steps": [asdict(step) for step in result.steps],
         "seconds": result.seconds,
         "measurements": result.measurements,
+        **({"training": result.training} if result.training else {}),
         "versions": versions(),
     }
 

@@ -1,0 +1,346 @@
+"""Adapt-Accel (arXiv:2502.03460, section 3.2): prune a little, train, and again, to the target."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..anatomy import find_anatomy
+from ..api import PruningResult, Size, StepRecord, previous_record, prune
+from ..data.sampling import updated_weights
+from ..errors import NonFiniteError
+from ..run import measure
+from ..settings import PruneSettings
+from .finish import write_result
+from .launch import make_accelerator
+from .lora import add_lora, merge_lora
+from .materials import Materials, gather, make_teacher, reference_losses
+from .moments import Moments, moment_cutter
+from .request import AccelListener, AccelOutcome, AccelRequest, check_together
+from .schedule import Phase, learning_rates, tokens_per_step
+from .state import Progress, RunDirectory, rebuild_model, restore_random_states
+from .training import PhaseTraining, SpikeGuard, StepResult, Throughput, training
+
+
+def run_accel(
+    request: AccelRequest, output: str | Path, listener: AccelListener | None = None
+) -> AccelOutcome:
+    """Prune and train `request.model` in turns and write the result to `output`.
+
+    A run that was killed goes on from its last checkpoint when the same request is made again, and
+    ends with the same weights.
+
+    Raises:
+        AdaptPrunerError: one of its kinds; what is on disk stays, and can be resumed.
+    """
+    check_together(request)
+    place, listener = RunDirectory(Path(output).expanduser()), listener or AccelListener()
+    with ExitStack() as stack:
+        accelerator = make_accelerator(request, place.directory, stack)
+        place.check(request.recipe(), request.overwrite)
+        if place.is_finished and not request.overwrite:
+            return AccelOutcome(None, f"'{output}' holds this run already, finished.")
+        materials = gather(request, accelerator, listener)
+        with accelerator.main_process_first():
+            place.begin(request.recipe(), request.overwrite and accelerator.is_main_process)
+        if request.recovery.alpha:
+            materials.teacher = make_teacher(request, materials, place.directory, listener)
+        run = Run(request, place, materials, listener)
+        for phase in run.phases_left():
+            run.cut(phase)
+            run.train(phase)
+            run.close(phase)
+            if reason := run.reason_to_stop(phase):
+                return AccelOutcome(None, reason)
+        result = run.result()
+        if accelerator.is_main_process:
+            write_result(result, request, place, materials.stored_dtype)
+        accelerator.wait_for_everyone()
+        return AccelOutcome(result)
+
+
+@dataclass
+class _Clock:
+    """Seconds of each part of the present phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    since: float = 0.0
+
+    def start(self) -> None:
+        self.seconds, self.since = {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self.since, 3)
+        self.since = now
+
+
+class Run:
+    """A run in progress: what it has reached, and the parts of a phase."""
+
+    def __init__(
+        self,
+        request: AccelRequest,
+        place: RunDirectory,
+        materials: Materials,
+        listener: AccelListener,
+    ):
+        self.request, self.place, self.materials = request, place, materials
+        self.listener, self.recovery = listener, request.recovery
+        self.accelerator, self.phases = materials.accelerator, materials.phases
+        self.model, self.sampler = materials.model, materials.sampler()
+        self.dynamic = materials.data.mixture.policy == "dynamic"
+        self.batch_tokens = tokens_per_step(self.recovery)
+        self.total_tokens = self.phases[-1].end_step * self.batch_tokens
+        self.rate_at = learning_rates(self.recovery, self.phases[-1].end_step)
+        self.moments: Moments = {}
+        self.began, self.clock = time.perf_counter(), _Clock()
+        found = place.resume(write=self.accelerator.is_main_process)
+        self.progress = found[0] if found else self._first_progress()
+        if found:
+            self._load(found[1])
+        materials.model = None  # the source is not needed any more
+
+    def _first_progress(self) -> Progress:
+        anatomy = find_anatomy(self.model)
+        first = {
+            "total": anatomy.total_parameters,
+            "decoder_layers": anatomy.layer_parameters,
+            "widths": anatomy.widths,
+            "measurements": self._measure() or {},
+            "previous": previous_record(self.model),
+        }
+        return Progress(
+            kept={_name(group.key): list(range(group.num_units)) for group in anatomy.groups},
+            first=first,
+            reference_losses=reference_losses(self.materials) if self.dynamic else {},
+        )
+
+    def _load(self, checkpoint: Path) -> None:
+        self.model = rebuild_model(checkpoint, self.model)
+        inside_phase = self.progress.step < self.phases[self.progress.phase - 1].end_step
+        if self.recovery.lora_rank and inside_phase:
+            self.model = add_lora(self.model, self.recovery)
+        self.moments = self.place.read_tensors(checkpoint, self.model)
+        assert self.progress.sampler is not None
+        self.sampler.load_state_dict(self.progress.sampler)
+        restore_random_states(checkpoint)
+
+    def phases_left(self) -> list[Phase]:
+        return [phase for phase in self.phases if self.progress.step < phase.end_step]
+
+    # The parts of a phase.
+
+    def cut(self, phase: Phase) -> None:
+        """Prune to the size of the phase, moments too. Nothing to do in one that is resumed."""
+        self.clock.start()
+        self.listener.on_phase(phase, self.phases)
+        if self.progress.phase == phase.number:
+            return
+        request, progress, calibration = self.request, self.progress, self.materials.calibration
+        torch.manual_seed(self.materials.seed * 1_000_003 + phase.number)
+        cut_moments = moment_cutter(self.model, find_anatomy(self.model))
+        result = prune(
+            self.model,
+            self.materials.tokenizer,
+            params=phase.parameters,
+            calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
+            settings=_settings_of_phase(request.settings, len(self.phases)),
+            listener=self.listener.pruning,
+        )
+        if self.recovery.moments == "carry":
+            cut_moments(self.moments, result.kept)
+        else:
+            self.moments = {}
+        for key, kept in result.kept.items():
+            before = progress.kept[_name(key)]
+            progress.kept[_name(key)] = [before[i] for i in kept.tolist()]
+        done = len(progress.pruning_steps)
+        for record in result.steps:
+            progress.pruning_steps.append({**asdict(record), "step": done + record.step})
+        progress.phase = phase.number
+        if self.recovery.lora_rank:
+            self.model = add_lora(self.model, self.recovery)
+        self.clock.lap("prune")
+
+    def train(self, phase: Phase) -> None:
+        """Take the optimizer steps of the phase that are left, until the time is over."""
+        guard, throughput = SpikeGuard(self.recovery.max_loss_spike), Throughput()
+        with training(
+            self.accelerator, self.model, self.moments, self.recovery, len(self.sampler.weights),
+            self.request.settings.gradient_checkpointing,
+        ) as work:  # fmt: skip
+            while self.progress.step < phase.end_step:
+                rate = self.rate_at(self.progress.step)
+                found = self._step(work, phase, guard, rate)
+                self._log(phase, found, rate, throughput.read(self.batch_tokens))
+                if self.progress.step % self.request.save_steps == 0:
+                    self._save(*work.state())
+                    throughput.read(0)
+                    if self._is_out_of_time():
+                        break
+        self.model, self.moments = work.model, work.moments
+        self.clock.lap("train")
+
+    def close(self, phase: Phase) -> None:
+        """Merge, measure, and write the state from which the next phase begins."""
+        if self.progress.step < phase.end_step:
+            return
+        if self.recovery.lora_rank:
+            self.model, self.moments = merge_lora(self.model), {}
+        anatomy, evaluation = find_anatomy(self.model), self._measure()
+        self.clock.lap("evaluate")
+        record = {
+            "phase": phase.number,
+            "tokens_before": phase.first_step * self.batch_tokens,
+            "tokens": phase.steps * self.batch_tokens,
+            "parameters": anatomy.total_parameters,
+            "widths": anatomy.widths,
+            "evaluation": evaluation,
+            "seconds": self.clock.seconds,
+        }
+        self.progress.phases.append(record)
+        self._save({name: p.detach() for name, p in self.model.named_parameters()}, self.moments)
+        self.listener.on_phase_end(record)
+
+    # The parts of a step.
+
+    def _step(
+        self, work: PhaseTraining, phase: Phase, guard: SpikeGuard, rate: float
+    ) -> StepResult:
+        progress, first = self.progress, self.sampler.num_windows
+        count = self.batch_tokens // self.recovery.sequence_length
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        batch = self.sampler.gather(self.sampler.next_indices(count)[mine])
+        positions_B = torch.arange(first, first + count)[mine]
+        try:
+            found = work.step(batch, rate, self.materials.teacher, positions_B)
+            guard.check(found.loss)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error} at step {progress.step + 1} (phase {phase.number}). Nothing was written "
+                f"since the last checkpoint in '{self.place.directory}'. Lower --learning-rate "
+                f"({self.recovery.learning_rate:g}) or clean the data, and begin anew with "
+                "--overwrite; for a spike that is harmless, raise --max-loss-spike."
+            ) from error
+        progress.step += 1
+        progress.tokens += self.batch_tokens
+        if self.dynamic:
+            self._reweight(found)
+        progress.sampler = self.sampler.state_dict()
+        return found
+
+    def _reweight(self, found: StepResult) -> None:
+        """Dynamic batch loading: domains that are further above their reference get more."""
+        interval, references = self.progress.interval, self.progress.reference_losses
+        names = list(self.sampler.weights)
+        for i, (loss, count) in found.domain_losses.items():
+            before = interval.get(names[i], [0.0, 0])
+            interval[names[i]] = [before[0] + loss, before[1] + count]
+        if self.progress.step % self.recovery.reweight_every == 0:
+            losses = {**references, **{name: a / b for name, (a, b) in interval.items()}}
+            self.sampler.weights = updated_weights(self.sampler.weights, losses, references)
+            interval.clear()
+
+    def _log(self, phase: Phase, found: StepResult, rate: float, speed: float) -> None:
+        record = {
+            "step": self.progress.step,
+            "phase": phase.number,
+            "tokens": self.progress.tokens,
+            "loss": found.loss,
+            "learning_rate": rate,
+            "grad_norm": found.grad_norm,
+            "tokens_per_second": round(speed, 1),
+        }
+        if self.accelerator.is_main_process:
+            self.place.append_log(json.dumps(record))
+        self.accelerator.log(record, step=self.progress.step)
+        self.listener.on_step(record, self.total_tokens)
+
+    def _save(self, weights: dict[str, Tensor], moments: Moments) -> None:
+        now = time.perf_counter()
+        self.progress.seconds += now - self.began
+        self.began = now
+        if self.accelerator.is_main_process:
+            self.place.save(self.progress, self.model, weights, moments, self.materials.tokenizer)
+        self.accelerator.wait_for_everyone()
+
+    def _measure(self) -> dict[str, float] | None:
+        return measure(self.model, self.materials.tokenizer, self.materials.texts) or None
+
+    # The end.
+
+    def _is_out_of_time(self) -> bool:
+        hours = self.request.max_hours
+        return hours is not None and self.progress.seconds > hours * 3600
+
+    def reason_to_stop(self, phase: Phase) -> str:
+        """Why the run ends here, before its end; or an empty string."""
+        request, again = self.request, "Run the same command again to go on."
+        if not self.phases_left():
+            return ""
+        if self._is_out_of_time():
+            return f"{request.max_hours:g} hours are over, in phase {phase.number}. {again}"
+        if request.stop_after is not None and phase.number >= request.stop_after:
+            return f"Stopped after phase {phase.number} of {len(self.phases)}. {again}"
+        if request.max_loss is not None:
+            record = self.progress.phases[-1]
+            loss = math.log(record["evaluation"]["perplexity"])
+            if loss > request.max_loss:
+                return (
+                    f"After phase {phase.number}, with {record['parameters']:,} parameters, the "
+                    f"evaluation loss is {loss:.3f}, above {request.max_loss:g}. The model is in "
+                    f"'{self.place.directory}/checkpoints'; without --max-loss the run goes on."
+                )
+        return ""
+
+    def result(self) -> PruningResult:
+        """The account of the whole run."""
+        anatomy, progress, first = find_anatomy(self.model), self.progress, self.progress.first
+        measured = progress.phases[-1]["evaluation"] or {}
+        return PruningResult(
+            model=self.model,
+            tokenizer=self.materials.tokenizer,
+            settings=self.request.settings,
+            target=self.materials.target,
+            before=Size(first["total"], first["decoder_layers"]),
+            after=Size.of(anatomy),
+            widths_before=first["widths"],
+            widths_after=anatomy.widths,
+            kept={g.key: torch.tensor(progress.kept[_name(g.key)]) for g in anatomy.groups},
+            steps=[StepRecord(**record) for record in progress.pruning_steps],
+            seconds=progress.seconds,
+            measurements={
+                name: {"before": before, "after": measured[name]}
+                for name, before in first["measurements"].items()
+            },
+            previous=first["previous"],
+            training={
+                "tokens": progress.tokens,
+                "steps": progress.step,
+                "processes": self.accelerator.num_processes,
+                "settings": self.recovery.model_dump(mode="json"),
+                "data": self.request.data,
+                "windows_of_domain": self.sampler.drawn,
+                "domains": {d.name: asdict(d.account) for d in self.materials.data.domains},
+                "phases": progress.phases,
+            },
+        )
+
+
+def _settings_of_phase(settings: PruneSettings, num_phases: int) -> PruneSettings:
+    """`steps` are those of the whole run; the adaptive rule counts them itself."""
+    if settings.allocation == "adaptive":
+        return settings
+    return settings.model_copy(update={"steps": math.ceil(settings.steps / num_phases)})
+
+
+def _name(key: tuple[int, str]) -> str:
+    return f"{key[0]}/{key[1]}"

@@ -1,0 +1,53 @@
+"""Turn the state of a finished run into the checkpoint that users load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..api import PruningResult
+from ..checkpoint import save_result
+from ..report.training_pictures import draw_training
+from ..run import store_as
+from .request import AccelRequest
+from .state import RunDirectory
+
+
+def write_result(
+    result: PruningResult,
+    request: AccelRequest,
+    place: RunDirectory,
+    stored_dtype: torch.dtype | None,
+) -> None:
+    """Write model and account into the run's directory; then what only a resume needs goes.
+
+    config.json and at last run.json arrive after all else, so that neither a tool nor a resume
+    takes a half-written result for a whole one.
+    """
+    if request.settings.dtype == "auto" and stored_dtype is not None:
+        store_as(result.model, stored_dtype)
+    directory = place.directory
+    whole = directory / ".result"
+    name = directory.resolve().name
+    save_result(result, whole, request.portable, True, request.recipe(), name)
+    draw_training(directory, whole / "pictures")
+    _move_all(whole, directory)
+    if not request.keep_checkpoint:
+        place.discard_checkpoints()
+
+
+def _move_all(source: Path, directory: Path) -> None:
+    last = ["config.json", "run.json"]
+    for entry in sorted(source.iterdir(), key=lambda e: (e.name in last, e.name)):
+        place = directory / entry.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        _rename(entry, place)
+    source.rmdir()
+
+
+def _rename(old: Path, new: Path) -> None:
+    os.replace(old, new)
