@@ -15,9 +15,16 @@ _per_layer.register()
 _EXPORTS = {
     "AdaptPrunerError": "errors",
     "CalibrationData": "data",
+<<<<<<< HEAD
     "accel": "recovery.accel",
+=======
+    "Evaluation": "evaluation",
+    "EvaluationSettings": "settings",
+>>>>>>> eval
     "PruneSettings": "settings",
     "PruningResult": "api",
+    "ResultStore": "evaluation",
+    "evaluate": "evaluation",
     "find_anatomy": "anatomy",
     "load_calibration": "data",
     "load_model": "loading",

@@ -30,6 +30,14 @@ class CalibrationError(DataError):
     """The same of the calibration text."""
 
 
+class EvaluationError(AdaptPrunerError, ValueError):
+    """What is to be measured is unknown, or its data is missing or does not fit."""
+
+
+class MissingExtra(AdaptPrunerError, ImportError):
+    """A feature needs a package that is not installed."""
+
+
 class LoadingError(AdaptPrunerError, OSError):
     """A model or tokenizer cannot be read."""
 
@@ -40,6 +48,10 @@ class WritingError(AdaptPrunerError, OSError):
 
 class NonFiniteError(AdaptPrunerError, ArithmeticError):
     """A loss, gradient or activation is NaN or infinite."""
+
+
+class Interrupted(AdaptPrunerError):
+    """The user stopped a run; says what is kept."""
 
 
 def near_match(name: str, known: Iterable[str]) -> str:

@@ -8,10 +8,19 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..api import Listener
+from ..evaluation import EvaluationListener
 from ..recovery.request import AccelListener
 
 if TYPE_CHECKING:
@@ -39,20 +48,24 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=quiet or not err.is_interactive,  # into a file it would write a blank line
+        transient=True,
+    )
+
+
 class ProgressBar(Listener):
     """A live bar: how much of the way to the target is done. Use as a context manager."""
 
     def __init__(self, quiet: bool):
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=err,
-            disable=quiet or not err.is_interactive,  # into a file it would write a blank line
-            transient=True,
-        )
+        self.bar = _progress(quiet, TextColumn("{task.percentage:>3.0f}%"))
         self.task = self.bar.add_task("loading", total=None)
         self.start = self.now = self.target = self.steps = 0
         self.share_of_step = 0.1
@@ -85,6 +98,33 @@ class ProgressBar(Listener):
         return f"step {self.steps + 1} · {short(self.now)} → {short(self.target)} parameters"
 
 
+class TaskBar(EvaluationListener):
+    """A live bar: which task is measured, and how much of it is done."""
+
+    def __init__(self, quiet: bool):
+        self.bar = _progress(quiet, MofNCompleteColumn())
+        self.task = self.bar.add_task("loading", total=None)
+        self.prefix = ""
+
+    def __enter__(self) -> TaskBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.stop()
+
+    def on_task(self, name: str, number: int, count: int) -> None:
+        of = f" ({number + 1} of {count})" if count > 1 else ""
+        self.bar.reset(self.task, description=f"{self.prefix}{name}{of}")
+        self.bar.tasks[self.task].total = None  # not known yet; `reset` would keep the last one
+
+    def on_progress(self, done: int, total: int | None) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+    def on_notice(self, message: str) -> None:
+        err.print(message, soft_wrap=True)
+
+
 def short(count: float) -> str:
     """A count as people write it: 260K, 1.24B.
 
@@ -95,6 +135,18 @@ def short(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.4g}{letter}"
     return f"{count:.4g}"
+
+
+def in_bytes(count: float) -> str:
+    """Bytes as people write them: 1.82 GB.
+
+    >>> in_bytes(3643776)
+    '3.644 MB'
+    """
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:.0f} B"
 
 
 def show_result(result: PruningResult) -> None:

@@ -73,6 +73,8 @@ def _option(name: str, info: FieldInfo) -> Callable:
     flag = "--" + name.replace("_", "-")
     default = info.default.value if isinstance(info.default, Enum) else info.default
     shown = {(): "none", None: "automatic"}.get(default, str(default))
+    if "default:" in (info.description or ""):
+        shown = False
     common: dict[str, Any] = {"default": None, "help": info.description}
     kind = _without_none(info.annotation)
     if kind is bool:
