@@ -15,12 +15,9 @@ _per_layer.register()
 _EXPORTS = {
     "AdaptPrunerError": "errors",
     "CalibrationData": "data",
-<<<<<<< HEAD
     "accel": "recovery.accel",
-=======
     "Evaluation": "evaluation",
     "EvaluationSettings": "settings",
->>>>>>> eval
     "PruneSettings": "settings",
     "PruningResult": "api",
     "ResultStore": "evaluation",
