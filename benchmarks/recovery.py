@@ -27,16 +27,18 @@ from adapt_pruner.report.account import versions
 from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
-BASE = {"phases": 5, "sequence_length": 256, "batch_tokens": 2048, "weight_decay": 0.0}
+BASE = {"phases": 5, "moments": "reset", "sequence_length": 256, "batch_tokens": 2048, "weight_decay": 0.0}
 VARIANTS = {
     **{f"{n} phases" if n > 1 else "prune, then train": {"phases": n} for n in (1, 2, 5, 10, 20)},
-    "moments reset": {"moments": "reset"},
+    "moments carried": {"moments": "carry"},
+    "moments carried, beta2 0.95": {"moments": "carry", "adam_beta2": 0.95},
+    "moments reset, beta2 0.95": {"adam_beta2": 0.95},
     "constant growth": {"growth": "constant"},
     "cosine growth": {"growth": "cosine"},
     "distillation, alpha 0.5": {"alpha": 0.5},
     "distillation, alpha 0.9": {"alpha": 0.9},
 }
-"""Each differs from 5 phases, carried moments, linear growth and no teacher in what it says."""
+"""Each differs from 5 phases, moments reset, linear growth and no teacher in what it says."""
 
 
 def main() -> None:
