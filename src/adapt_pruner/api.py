@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import check_reachable, resolve_target
-from .anatomy import Anatomy, find_anatomy
+from .anatomy import WIDTH_OF, Anatomy, find_anatomy
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel
 from .loading import read_json
@@ -73,6 +73,10 @@ class PruningResult:
     seconds: float = 0.0
     measurements: dict[str, dict[str, float]] = field(default_factory=dict)
     """What was measured before and after, such as {"perplexity": {"before": 7., "after": 9.}}."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """On what text it was measured, and how: text, window, stride, tokens predicted."""
+    unit_parameters: list[dict[str, int]] = field(default_factory=list)
+    """Per decoder layer, what one neuron and one KV group cost, under the names of the widths."""
     previous: dict[str, Any] | None = None
     """The record of an earlier pruning of the same model, if it had one."""
 
@@ -85,9 +89,7 @@ class PruningResult:
         """What was cut, as it is written to pruning.json."""
         layers: dict[str, dict[str, Any]] = {}
         for (layer, kind), kept in self.kept.items():
-            units = self.widths_before[layer][
-                "num_key_value_heads" if kind == "attention" else "intermediate_size"
-            ]
+            units = self.widths_before[layer][WIDTH_OF[kind]]
             layers.setdefault(str(layer), {})[kind] = {"units": units, "kept": kept.tolist()}
         return {
             "format": 1,
@@ -164,6 +166,9 @@ def prune(
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = _load_calibration(model, tokenizer, settings)
     before, widths_before = Size.of(anatomy), anatomy.widths
+    unit_parameters: list[dict[str, int]] = [{} for _ in anatomy.layers]
+    for group in anatomy.groups:
+        unit_parameters[group.layer][WIDTH_OF[group.kind]] = group.unit_cost
     original = {group.key: torch.arange(group.num_units) for group in anatomy.groups}
     steps, began = [], time.perf_counter()
     listener.on_start(before.total, target)
@@ -196,6 +201,7 @@ def prune(
         kept=original,
         steps=steps,
         seconds=time.perf_counter() - began,
+        unit_parameters=unit_parameters,
         previous=_previous_record(model),
     )
 

@@ -14,7 +14,7 @@ from .checkpoint import check_output, save_result
 from .data import pydocs
 from .data.calibration import EMBEDDED, read_documents
 from .errors import InvalidSettings
-from .evaluation import perplexity
+from .evaluation import Perplexity, perplexity
 from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer
 from .plan import Plan, make_plan
 from .settings import PruneSettings
@@ -56,7 +56,7 @@ def default_calibration(model: str) -> dict[str, str]:
 def plan_run(request: Request) -> Plan:
     """Plan a run without loading weights."""
     model = empty_model(request.model, request.trust_remote_code)
-    device = _device(request.settings.device)
+    device = check_device(request.settings.device)
     return make_plan(
         model, request.settings, request.sparsity, request.params, _dtype(request, model), device
     )
@@ -66,7 +66,7 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
     settings = request.settings
     check_output(output, request.overwrite)
-    _device(settings.device)
+    check_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target
     stored = _stored_dtype(empty)
@@ -95,7 +95,17 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     if settings.dtype == "auto" and stored is not None:
         _store_as(model, stored)  # it was loaded in float32 only to compute on the CPU
     after = _measure(model, tokenizer, texts)
-    result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
+    if before and after:
+        result.measurements = {
+            "perplexity": {"before": before.perplexity, "after": after.perplexity},
+            "bits per byte": {"before": before.bits_per_byte, "after": after.bits_per_byte},
+        }
+        result.protocol = {
+            "text": request.evaluate,
+            "window": after.window,
+            "stride": after.stride,
+            "num_tokens": after.num_tokens,
+        }
     save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
@@ -109,11 +119,10 @@ def evaluation_texts(
     return list(islice(read_documents(source, text_column), max_documents))
 
 
-def _measure(model, tokenizer, texts: list[str] | None) -> dict[str, float]:
+def _measure(model, tokenizer, texts: list[str] | None) -> Perplexity | None:
     if texts is None:
-        return {}
-    measured = perplexity(model, tokenizer, texts, max_windows=EVALUATION_WINDOWS)
-    return {"perplexity": measured.perplexity, "bits per byte": measured.bits_per_byte}
+        return None
+    return perplexity(model, tokenizer, texts, max_windows=EVALUATION_WINDOWS)
 
 
 def _stored_dtype(model) -> torch.dtype | None:
@@ -131,11 +140,12 @@ def _store_as(model, dtype: torch.dtype) -> None:
 def _dtype(request: Request, model) -> torch.dtype:
     if request.settings.dtype != "auto":
         return getattr(torch, request.settings.dtype)
-    on_cpu = _device(request.settings.device) == "cpu" and request.settings.device_map is None
+    on_cpu = check_device(request.settings.device) == "cpu" and request.settings.device_map is None
     return torch.float32 if on_cpu else _stored_dtype(model) or torch.float32
 
 
-def _device(name: str) -> str:
+def check_device(name: str) -> str:
+    """Return the device that `name` stands for, or raise InvalidSettings."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

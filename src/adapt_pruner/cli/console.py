@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from ..api import Listener
+from ..formats import short as short
 
 if TYPE_CHECKING:
     from ..api import PruningResult
@@ -80,18 +81,6 @@ class ProgressBar(Listener):
 
     def _description(self) -> str:
         return f"step {self.steps + 1} · {short(self.now)} → {short(self.target)} parameters"
-
-
-def short(count: float) -> str:
-    """A count as people write it: 260K, 1.24B.
-
-    >>> short(214528)
-    '214.5K'
-    """
-    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= factor:
-            return f"{count / factor:.4g}{letter}"
-    return f"{count:.4g}"
 
 
 def show_result(result: PruningResult) -> None:

@@ -15,7 +15,7 @@ OUT_OF_MEMORY = "Out of memory. Try --micro-batch-size 1, --gradient-checkpointi
 class Program(click.Group):
     """A group that loads a command's module when it is used, and reports errors in one line."""
 
-    commands_in = {"prune": "prune", "demo": "demo"}  # noqa: RUF012
+    commands_in = {"prune": "prune", "report": "report", "demo": "demo"}  # noqa: RUF012
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands_in)
