@@ -17,8 +17,8 @@ from pathlib import Path
 import transformers
 
 from adapt_pruner import load_calibration, load_model, load_tokenizer, perplexity, prune
+from adapt_pruner.evaluation import evaluation_texts
 from adapt_pruner.report.account import versions
-from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
 PLAIN = {"compensation": "none", "allocation": "adaptive", "amplitude": 0.0}

@@ -15,8 +15,12 @@ _per_layer.register()
 _EXPORTS = {
     "AdaptPrunerError": "errors",
     "CalibrationData": "data",
+    "Evaluation": "evaluation",
+    "EvaluationSettings": "settings",
     "PruneSettings": "settings",
     "PruningResult": "api",
+    "ResultStore": "evaluation",
+    "evaluate": "evaluation",
     "find_anatomy": "anatomy",
     "load_calibration": "data",
     "load_model": "loading",

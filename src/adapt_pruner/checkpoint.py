@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,26 +144,6 @@ def is_full_disk(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
         "No space left on device" in str(error)
     )
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write a text file whole, in place of one that may be there, or not at all.
-
-    Raises:
-        WritingError: for whatever the disk refuses.
-    """
-    partial = _beside(file, "partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        why = "the disk is full" if is_full_disk(error) else error.strerror or str(error)
-        raise WritingError(
-            f"'{file}' could not be written: {why}. Name another file, or free some space."
-        ) from error
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -26,6 +26,14 @@ class CalibrationError(AdaptPrunerError, ValueError):
     """The calibration text is missing, empty or too short, or does not fit the tokenizer."""
 
 
+class EvaluationError(AdaptPrunerError, ValueError):
+    """What is to be measured is unknown, or its data is missing or does not fit."""
+
+
+class MissingExtra(AdaptPrunerError, ImportError):
+    """A feature needs a package that is not installed."""
+
+
 class LoadingError(AdaptPrunerError, OSError):
     """A model or tokenizer cannot be read."""
 
@@ -36,6 +44,10 @@ class WritingError(AdaptPrunerError, OSError):
 
 class NonFiniteError(AdaptPrunerError, ArithmeticError):
     """A loss, gradient or activation is NaN or infinite."""
+
+
+class Interrupted(AdaptPrunerError):
+    """The user stopped a run; says what is kept."""
 
 
 def near_match(name: str, known: Iterable[str]) -> str:

@@ -19,9 +19,10 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .anatomy import architecture_of
-from .errors import AdaptPrunerError, LoadingError, UnsupportedModel
+from .errors import AdaptPrunerError, InvalidSettings, LoadingError, UnsupportedModel
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""
@@ -47,7 +48,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     name = resolve_name(name)
     if _looks_local(name) and not Path(name).is_dir():
         raise LoadingError(f"There is no model directory '{name}'. Name one that exists.")
-    with _loading(name, "configuration"):
+    with reading(name, "configuration"):
         raw, _ = PreTrainedConfig.get_config_dict(name)
         model_type = raw.get("model_type")
         if not model_type:
@@ -79,26 +80,32 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    prunable: bool = True,
 ) -> Any:
     """Load a causal language model for pruning, in evaluation mode.
 
     Args:
-        dtype: "auto" is float32 on the CPU, where half precision is slow, else as stored.
+        dtype: "auto" is float32 on the CPU, where half precision is slow, else as stored; "stored"
+            is as stored everywhere.
         device: "auto" is the first GPU, or the CPU.
         device_map: as in transformers; replaces `device`.
+        prunable: refuse models that cannot be pruned; else only what is no causal language model.
 
     Raises:
         LoadingError: if the model cannot be read.
         UnsupportedModel: if it cannot be pruned. Raised before weights are read.
     """
     config = load_config(name, trust_remote_code)
-    architecture_of(config)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if prunable:
+        architecture_of(config)
+    else:
+        check_causal(config)
+    device = resolve_device(device)
     if dtype == "auto" and device == "cpu" and device_map is None:
         dtype = "float32"
+    dtype = "auto" if dtype == "stored" else dtype
     name = resolve_name(name)
-    with _loading(name, "weights"):
+    with reading(name, "weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -119,11 +126,37 @@ def load_model(
     return model.eval()
 
 
+def resolve_device(name: str) -> str:
+    """Turn "auto" into the first GPU, or the CPU. Raises InvalidSettings for what is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidSettings(
+            f"device: '{name}' is not available here. Name another, such as cpu, or take auto."
+        ) from error
+    return name
+
+
+def check_causal(config: Any) -> None:
+    """Raise UnsupportedModel unless the configuration is of a causal language model."""
+    classes = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    stored = getattr(config, "architectures", None)
+    by_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    if not by_code and (not known or (stored and not classes.intersection(stored))):
+        what = stored[0] if stored else f"a model of type '{config.model_type}'"
+        raise UnsupportedModel(
+            f"Expected a causal language model, such as LlamaForCausalLM; got {what}."
+        )
+
+
 def empty_model(name: str, trust_remote_code: bool = False) -> Any:
     """Build a model on the meta device from its configuration; no weights are read."""
     config = load_config(name, trust_remote_code)
     architecture_of(config)
-    with _loading(name, "configuration"), torch.device("meta"):
+    with reading(name, "configuration"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -135,7 +168,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """
     name = resolve_name(name)
     raw = load_config(name, trust_remote_code)
-    with _loading(name, "tokenizer"):
+    with reading(name, "tokenizer"):
         slow = {"use_fast": False} if _is_mobilellm(name) else {}
         tokenizer = AutoTokenizer.from_pretrained(
             name, config=raw, trust_remote_code=trust_remote_code, **slow
@@ -155,7 +188,7 @@ def _looks_local(name: str) -> bool:
 
 
 @contextmanager
-def _loading(name: str, what: str):
+def reading(name: str, what: str):
     """Turn whatever the libraries raise while they read into one LoadingError of a sentence."""
     try:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import torch
 
 from .api import Listener, PruningResult, prune
 from .checkpoint import check_output, save_result
-from .data import pydocs
-from .data.calibration import EMBEDDED, read_documents
-from .errors import InvalidSettings
-from .evaluation import Perplexity, perplexity
-from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer
+from .data.calibration import EMBEDDED
+from .evaluation import Perplexity, evaluation_texts, perplexity
+from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
 from .settings import PruneSettings
 
@@ -56,7 +53,7 @@ def default_calibration(model: str) -> dict[str, str]:
 def plan_run(request: Request) -> Plan:
     """Plan a run without loading weights."""
     model = empty_model(request.model, request.trust_remote_code)
-    device = check_device(request.settings.device)
+    device = resolve_device(request.settings.device)
     return make_plan(
         model, request.settings, request.sparsity, request.params, _dtype(request, model), device
     )
@@ -66,7 +63,7 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
     settings = request.settings
     check_output(output, request.overwrite)
-    check_device(settings.device)
+    resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target
     stored = _stored_dtype(empty)
@@ -110,15 +107,6 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     return result
 
 
-def evaluation_texts(
-    source: str, text_column: str = "text", max_documents: int = 10_000
-) -> list[str]:
-    """Documents to measure on; of the embedded text those that no training has seen."""
-    if source == EMBEDDED:
-        return pydocs.documents("heldout")
-    return list(islice(read_documents(source, text_column), max_documents))
-
-
 def _measure(model, tokenizer, texts: list[str] | None) -> Perplexity | None:
     if texts is None:
         return None
@@ -140,18 +128,7 @@ def _store_as(model, dtype: torch.dtype) -> None:
 def _dtype(request: Request, model) -> torch.dtype:
     if request.settings.dtype != "auto":
         return getattr(torch, request.settings.dtype)
-    on_cpu = check_device(request.settings.device) == "cpu" and request.settings.device_map is None
+    on_cpu = (
+        resolve_device(request.settings.device) == "cpu" and request.settings.device_map is None
+    )
     return torch.float32 if on_cpu else _stored_dtype(model) or torch.float32
-
-
-def check_device(name: str) -> str:
-    """Return the device that `name` stands for, or raise InvalidSettings."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidSettings(
-            f"device: '{name}' is not available here. Name another, such as cpu, or take auto."
-        ) from error
-    return name

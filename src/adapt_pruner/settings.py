@@ -1,11 +1,11 @@
-"""Settings of a pruning run. Each default, limit and description stands here and nowhere else:
-the command line, recipe files and the documentation take them from these fields."""
+"""Settings of pruning and of evaluation. Each default, limit and description stands here and
+nowhere else: the command line, recipe files and the documentation take them from these fields."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InvalidSettings, near_match
 from .importance import IMPORTANCES
@@ -111,6 +111,66 @@ class PruneSettings(BaseModel):
     ] = False
 
 
+class EvaluationSettings(BaseModel):
+    """How a model is measured. Everything here goes into the key under which results are kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: Annotated[
+        float | None,
+        Field(gt=0, description="Items per task, or documents of a text; below 1 their share."),
+    ] = None
+    num_fewshot: Annotated[
+        int | None,
+        Field(ge=0, description="Shots of --tasks; default: the task's own. Suites have theirs."),
+    ] = None
+    batch_size: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|[1-9]\d*)$",
+            description="Items per forward pass; auto: on a GPU what fits, on the CPU 1.",
+        ),
+    ] = "auto"
+    max_length: Annotated[
+        int | None,
+        Field(ge=2, description="Longest input of --suite and --tasks; default: the model's."),
+    ] = None
+    window: Annotated[
+        int | None,
+        Field(ge=2, description="Tokens per window of --text; default: the model's, up to 2048."),
+    ] = None
+    stride: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Tokens from one window of --text to the next; default: the window. Below "
+            "it windows overlap, and each token is scored once.",
+        ),
+    ] = None
+    text_column: Annotated[str, Field(description="Column of --text in tabular data.")] = "text"
+    seed: Annotated[
+        int | None,
+        Field(ge=0, description="Seed of all that is random; default: lm-eval's 0,1234,1234,1234."),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        Field(description="Precision to load in; auto: as stored."),
+    ] = "auto"
+    device: Annotated[
+        str, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
+    ] = "auto"
+    device_map: Annotated[
+        str | None,
+        Field(description="Spread the model over devices, as in transformers: auto, balanced."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _stride_within_window(self) -> EvaluationSettings:
+        if self.stride and self.window and self.stride > self.window:
+            raise ValueError(f"stride must be at most the window of {self.window} tokens")
+        return self
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {},
     "paper": {
@@ -140,12 +200,23 @@ def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
     try:
         return PruneSettings(**{**PRESETS[preset], **values})
     except ValidationError as error:
-        raise InvalidSettings(_explain(error)) from None
+        raise InvalidSettings(_explain(error, PruneSettings)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def make_evaluation_settings(**values: Any) -> EvaluationSettings:
+    """Build settings of an evaluation from single values. Raises as `make_settings`."""
+    try:
+        return EvaluationSettings(**values)
+    except ValidationError as error:
+        raise InvalidSettings(_explain(error, EvaluationSettings)) from None
+
+
+def _explain(error: ValidationError, settings: type[BaseModel]) -> str:
+    """Say in one sentence what pydantic found wrong first."""
     problem = error.errors()[0]
+    if problem["type"] == "value_error":  # of several settings together
+        return f"{problem['msg'].removeprefix('Value error, ')}; got {problem['input']}."
     name = ".".join(map(str, problem["loc"][:1]))
     if problem["type"] == "extra_forbidden":
-        return f"There is no setting '{name}'.{near_match(name, PruneSettings.model_fields)}"
+        return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
     return f"{name}: {problem['msg']}; got {problem['input']!r}."

@@ -8,10 +8,19 @@ import warnings
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..api import Listener
+from ..evaluation import EvaluationListener
 from ..formats import short as short
 
 if TYPE_CHECKING:
@@ -37,20 +46,24 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=quiet or not err.is_interactive,  # into a file it would write a blank line
+        transient=True,
+    )
+
+
 class ProgressBar(Listener):
     """A live bar: how much of the way to the target is done. Use as a context manager."""
 
     def __init__(self, quiet: bool):
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=err,
-            disable=quiet or not err.is_interactive,  # into a file it would write a blank line
-            transient=True,
-        )
+        self.bar = _progress(quiet, TextColumn("{task.percentage:>3.0f}%"))
         self.task = self.bar.add_task("loading", total=None)
         self.start = self.now = self.target = self.steps = 0
         self.share_of_step = 0.1
@@ -81,6 +94,32 @@ class ProgressBar(Listener):
 
     def _description(self) -> str:
         return f"step {self.steps + 1} · {short(self.now)} → {short(self.target)} parameters"
+
+
+class TaskBar(EvaluationListener):
+    """A live bar: which task is measured, and how much of it is done."""
+
+    def __init__(self, quiet: bool):
+        self.bar = _progress(quiet, MofNCompleteColumn())
+        self.task = self.bar.add_task("loading", total=None)
+        self.prefix = ""
+
+    def __enter__(self) -> TaskBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.stop()
+
+    def on_task(self, name: str, number: int, count: int) -> None:
+        of = f" ({number + 1} of {count})" if count > 1 else ""
+        self.bar.reset(self.task, total=None, description=f"{self.prefix}{name}{of}")
+
+    def on_progress(self, done: int, total: int | None) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+    def on_notice(self, message: str) -> None:
+        err.print(message, soft_wrap=True)
 
 
 def show_result(result: PruningResult) -> None:

@@ -7,7 +7,7 @@ import sys
 import click
 
 from .. import __version__
-from ..errors import AdaptPrunerError, near_match
+from ..errors import AdaptPrunerError, Interrupted, near_match
 
 OUT_OF_MEMORY = "Out of memory. Try --micro-batch-size 1, --gradient-checkpointing or bfloat16."
 
@@ -15,7 +15,12 @@ OUT_OF_MEMORY = "Out of memory. Try --micro-batch-size 1, --gradient-checkpointi
 class Program(click.Group):
     """A group that loads a command's module when it is used, and reports errors in one line."""
 
-    commands_in = {"prune": "prune", "report": "report", "demo": "demo"}  # noqa: RUF012
+    commands_in = {  # noqa: RUF012
+        "prune": "prune",
+        "evaluate": "evaluate",
+        "report": "report",
+        "demo": "demo",
+    }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands_in)
@@ -66,6 +71,8 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error.format_message(), error.exit_code)
+    except Interrupted as error:
+        _fail(str(error), 130)
     except AdaptPrunerError as error:
         if debug:
             raise

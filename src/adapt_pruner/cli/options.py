@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 import yaml
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..errors import InvalidSettings, near_match
@@ -54,17 +55,26 @@ class Integers(click.ParamType):
             self.fail(f"expected integers such as 0,1,-1; got '{value}'.", param, ctx)
 
 
-def settings_options(command: Callable) -> Callable:
-    """Add an option for every field of `PruneSettings`. Unset options are None."""
-    for name, info in reversed(PruneSettings.model_fields.items()):
-        command = _option(name, info)(command)
-    return command
+def options_of(settings: type[BaseModel]) -> Callable[[Callable], Callable]:
+    """Decorate a command with an option for every field of `settings`. Unset ones are None."""
+
+    def decorate(command: Callable) -> Callable:
+        for name, info in reversed(settings.model_fields.items()):
+            command = _option(name, info)(command)
+        return command
+
+    return decorate
+
+
+settings_options = options_of(PruneSettings)
 
 
 def _option(name: str, info: FieldInfo) -> Callable:
     flag = "--" + name.replace("_", "-")
     default = info.default.value if isinstance(info.default, Enum) else info.default
     shown = {(): "none", None: "automatic"}.get(default, str(default))
+    if "default:" in (info.description or ""):
+        shown = False
     common: dict[str, Any] = {"default": None, "help": info.description}
     kind = _without_none(info.annotation)
     if kind is bool:

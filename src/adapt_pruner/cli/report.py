@@ -42,13 +42,13 @@ def command(
     adapt-pruner report smaller --prompt "Once upon a time" --speed
     adapt-pruner report smaller smallest -o both.html
     """
-    from ..checkpoint import replace_file
+    from ..files import write_atomically
+    from ..loading import resolve_device
     from ..report.account import REPORT_FILE
     from ..report.page import MARK, render
     from ..report.record import read_run
     from ..report.samples import Wanted, make_extras
-    from ..run import check_device
-    from . import console
+        from . import console
 
     output = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
     if output.is_dir():
@@ -59,10 +59,10 @@ def command(
         )
     console.hush_libraries()
     read = [read_run(directory) for directory in runs]
-    check_device(device)
+    resolve_device(device)
     wanted = Wanted(prompts, max_new_tokens, speed, dense, device, trust_remote_code)
     extras = [make_extras(run, wanted) for run in read]
-    replace_file(output, render(read, extras))
+    write_atomically(output, render(read, extras))
     for run, extra in zip(read, extras, strict=True):
         if extra.missing_dense:
             console.err.print(f"{run.name}: {extra.missing_dense}", soft_wrap=True, markup=False)

@@ -6,16 +6,21 @@ Shapes: B windows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.calibration import check_vocabulary
+from ..data import pydocs
+from ..data.calibration import EMBEDDED, check_vocabulary, read_documents
 from ..errors import CalibrationError, NonFiniteError
+
+Window = tuple[list[int], int]
+"""Token ids, and how many of the last ones are scored; those before them are context."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,15 @@ class Perplexity:
         return asdict(self)
 
 
+def evaluation_texts(
+    source: str, text_column: str = "text", max_documents: int | None = 10_000
+) -> list[str]:
+    """Documents to measure on; of the embedded text those that no training has seen."""
+    if source == EMBEDDED:
+        return pydocs.documents("heldout")
+    return list(islice(read_documents(source, text_column), max_documents))
+
+
 @torch.no_grad()
 def perplexity(
     model: Any,
@@ -45,28 +59,35 @@ def perplexity(
     window: int = 256,
     max_windows: int | None = None,
     batch_size: int = 8,
+    stride: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Measure the perplexity of `model` on `texts`, document by document.
 
-    Every document is cut into consecutive windows of `window` tokens (stride = window), the last
-    one shorter; within a window every token but the first is predicted. Windows never cross
-    documents. The model is put back into the mode it was in.
+    Every document is cut into windows of at most `window` tokens, one every `stride` tokens.
+    Windows never cross documents. Without overlap every token of a window but the first is
+    predicted; with overlap every token of the document but the first, once, in the window that
+    reaches it first. The model is put back into the mode it was in.
 
     Args:
         max_windows: stop after so many; the last document is then measured in part.
+        stride: tokens from one window to the next; default: `window`, no overlap.
+        on_progress: called with the windows done and their number.
 
     Raises:
         CalibrationError: if the texts hold no two tokens.
         NonFiniteError: if the model puts out NaN.
     """
-    windows, num_bytes = [], 0
+    stride = stride or window
+    windows: list[Window] = []
+    num_bytes = 0
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"]
-        pieces = [ids[i : i + window] for i in range(0, len(ids), window)]
-        pieces = [piece for piece in pieces if len(piece) > 1]
+        pieces = _windows_of(ids, window, stride)
         if max_windows is not None and len(windows) + len(pieces) > max_windows:
             pieces = pieces[: max_windows - len(windows)]
-            text = tokenizer.decode(ids[: len(pieces) * window], skip_special_tokens=True)
+            end = (len(pieces) - 1) * stride + window if pieces else 0
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
         windows += pieces
         num_bytes += len(text.encode("utf-8")) if pieces else 0
         if len(windows) == max_windows:
@@ -74,9 +95,9 @@ def perplexity(
     if not windows:
         raise CalibrationError("There is no text to measure perplexity on.")
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    check_vocabulary(max(map(max, windows)), vocab_size)
-    losses = _window_losses(model, windows, batch_size)
-    counts = torch.tensor([len(piece) - 1 for piece in windows], dtype=torch.float64)
+    check_vocabulary(max(max(ids) for ids, _ in windows), vocab_size)
+    losses = _window_losses(model, windows, batch_size, on_progress)
+    counts = torch.tensor([scored for _, scored in windows], dtype=torch.float64)
     total, num_tokens = float(losses.sum()), int(counts.sum())
     mean = total / num_tokens
     if not math.isfinite(mean):
@@ -90,31 +111,58 @@ def perplexity(
         standard_error=spread,
         num_tokens=num_tokens,
         window=window,
-        stride=window,
+        stride=stride,
     )
 
 
-def _window_losses(model: nn.Module, windows: list[list[int]], batch_size: int) -> torch.Tensor:
+def _windows_of(ids: list[int], window: int, stride: int) -> list[Window]:
+    """Cut one document.
+
+    >>> [scored for _, scored in _windows_of(list(range(10)), window=4, stride=2)]
+    [3, 2, 2, 2]
+    """
+    windows: list[Window] = []
+    end = 0
+    for start in range(0, len(ids), stride):
+        piece = ids[start : start + window]
+        # The first token of a window has no context there.
+        scored = min(start + len(piece) - end, len(piece) - 1)
+        if scored > 0:
+            windows.append((piece, scored))
+        end = start + len(piece)
+        if end == len(ids):
+            break
+    return windows
+
+
+def _window_losses(
+    model: nn.Module,
+    windows: list[Window],
+    batch_size: int,
+    on_progress: Callable[[int, int], None],
+) -> torch.Tensor:
     """Total loss of each window in nats, float64."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
     training, losses = model.training, torch.zeros(len(windows), dtype=torch.float64)
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i]))
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
     model.eval()
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            longest = max(len(windows[i]) for i in chosen)
+            longest = max(len(windows[i][0]) for i in chosen)
             # Padding on the right is never looked at by a causal model; its loss is ignored.
             ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
             labels = torch.full((len(chosen), longest), -100)
             for row, i in enumerate(chosen):
-                ids[row, : len(windows[i])] = torch.tensor(windows[i])
-                labels[row, : len(windows[i])] = torch.tensor(windows[i])
+                tokens, scored = windows[i]
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                labels[row, len(tokens) - scored : len(tokens)] = torch.tensor(tokens[-scored:])
             logits = model(input_ids=ids.to(device), use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].to(logits.device).flatten(), reduction="none"
             )
             losses[chosen] = loss.view(len(chosen), -1).double().sum(dim=1).cpu()
+            on_progress(start + len(chosen), len(order))
     finally:
         model.train(training)
     return losses

@@ -1,0 +1,146 @@
+"""What identifies a model, its tokenizer and data: hashes of their content.
+
+A model in memory and the directory it is saved to have the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .. import __version__
+from ..errors import UnsupportedModel
+from ..loading import load_config, reading, resolve_name
+from .store import digest
+
+# What changes when a model is saved or moved, and not what it computes.
+_PASSING = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def of_model(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Fingerprint of a model in memory, with its tokenizer."""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise UnsupportedModel(
+            "Some weights are not in memory (device_map has offloaded them, or the model is on the "
+            "meta device); name the model's directory instead."
+        )
+    return {
+        "weights": _of_tensors(_tensors_of(model)),
+        **_of_config(model.config),
+        "tokenizer": of_tokenizer(tokenizer),
+    }
+
+
+def of_name(name: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[str, Any] | None:
+    """Fingerprint of a directory, or of a model on the hub by its commit, without loading it.
+
+    Returns None where only loading can tell.
+    """
+    config = load_config(name, trust_remote_code)
+    directory = Path(resolve_name(name))
+    if not directory.is_dir():
+        commit = getattr(config, "_commit_hash", None)
+        return {"name": name, "revision": commit} if commit else None
+    files = _weight_files(directory)
+    if not all(file.is_file() for file in files):
+        return None  # loading says what is missing
+    with reading(name, "weights"):
+        weights = _of_tensors(tensor for file in files for tensor in _tensors_in(file))
+    code = {file.name: _of_bytes(file.read_bytes()) for file in sorted(directory.glob("*.py"))}
+    return {
+        "weights": weights,
+        **_of_config(config),
+        "tokenizer": of_tokenizer(tokenizer),
+        **({"code": code} if code and trust_remote_code else {}),
+    }
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """Fingerprint of what a tokenizer does, whatever state padding and truncation are in."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        passing = ("padding", "truncation")
+        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in passing}
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return digest([content, special, min(tokenizer.model_max_length, 2**31)])
+
+
+def of_rows(rows: Iterable[Any]) -> str:
+    """Fingerprint of JSON-like rows, in their order."""
+    total = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        total.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+        total.update(b"\n")
+    return total.hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, torch, transformers and others."""
+    found = {"adapt-pruner": __version__, "torch": torch.__version__}
+    return {**found, **{name: version(name) for name in ("transformers", *packages)}}
+
+
+def _of_config(config: Any) -> dict[str, Any]:
+    values = {k: v for k, v in config.to_dict().items() if k not in _PASSING}
+    attention = getattr(config, "_attn_implementation", None)
+    return {
+        "config": digest(json.loads(json.dumps(values, default=str))),
+        **({"attention": attention} if attention not in (None, "sdpa") else {}),
+    }
+
+
+def _tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen:  # tied weights are stored once, under their first name
+            yield name, tensor
+        seen.add(place)
+
+
+def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            yield name, opened.get_tensor(name)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers loads from a directory."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():
+        return [single]
+    return [directory / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    with reading(str(file.parent), "weights"):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    return digest(
+        {
+            name: [
+                str(tensor.dtype),
+                list(tensor.shape),
+                _of_bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()),
+            ]
+            for name, tensor in tensors
+        }
+    )
+
+
+def _of_bytes(content: Any) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,0 +1,424 @@
+"""Measure a model: `evaluate("demo", suite="commonsense")`."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.calibration import EMBEDDED
+from ..errors import EvaluationError, InvalidSettings, MissingExtra, WritingError
+from ..loading import check_causal, load_config, load_model, load_tokenizer, resolve_device
+from ..settings import EvaluationSettings, make_evaluation_settings
+from . import fingerprint
+from .perplexity import evaluation_texts, perplexity
+from .store import Record, ResultStore
+from .suites import Suite, find_suites
+
+if TYPE_CHECKING:
+    from .harness import Loaded, Wanted
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure."""
+
+    name: str
+    """The benchmark as the papers call it, the task, or the text's file."""
+    metric: str
+    value: float
+    """As lm-eval reports it: accuracies in [0, 1]."""
+    stderr: float | None
+    """Standard error of the value; None where lm-eval has none."""
+    num_fewshot: int | None
+    num_samples: int
+    higher_is_better: bool
+
+
+@dataclass
+class Evaluation:
+    """What a model scored, and everything needed to score it again."""
+
+    model: str
+    parameters: int
+    scores: list[Score]
+    settings: EvaluationSettings
+    records: list[Record] = field(default_factory=list)
+    """Per task or text: the key that determines the result, the result, date and git hash."""
+    num_cached: int = 0
+    """How many of the records were there already."""
+
+    def score(self, name: str, metric: str | None = None) -> Score:
+        """Find a figure by the name of its benchmark, task, text or average."""
+        return next(s for s in self.scores if s.name == name and metric in (None, s.metric))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "scores": [asdict(score) for score in self.scores],
+            "settings": self.settings.model_dump(mode="json"),
+            "records": [asdict(record) for record in self.records],
+        }
+
+
+class EvaluationListener:
+    """What happens during an evaluation, for progress displays. Does nothing by default."""
+
+    def on_task(self, name: str, number: int, count: int) -> None: ...
+    def on_progress(self, done: int, total: int | None) -> None: ...
+    def on_notice(self, message: str) -> None: ...
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    suite: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
+    task_data: Paths = (),
+    text: Paths = (),
+    settings: EvaluationSettings | None = None,
+    store: ResultStore | None = None,
+    listener: EvaluationListener | None = None,
+    trust_remote_code: bool = False,
+    **overrides: Any,
+) -> Evaluation:
+    """Measure a model by lm-eval's tasks and by perplexity on texts. Changes nothing in it.
+
+    Every result is kept as soon as it is there, and not measured again while all that determines it
+    stays the same.
+
+    Args:
+        model: a causal language model of transformers with its `tokenizer`; or a name on the hub, a
+            directory, or "demo".
+        suite: one or more of `suites.SUITES`.
+        tasks: names of lm-eval's tasks, groups or tags; a string may hold several, with commas.
+        task_data: directories with the tasks' data, see `task_data`; default: from the hub.
+        text: texts to measure token perplexity and bits per byte on: files, directories, data sets
+            on the hub, or "pydocs".
+        settings: all settings at once, or single ones as keywords.
+        store: where results are kept; default: `ResultStore()`.
+
+    Raises:
+        EvaluationError: for an unknown suite or task, or data that is missing or does not fit.
+        MissingExtra: if lm-eval is needed and not installed.
+        AdaptPrunerError: one of its other kinds, if the model cannot be read or puts out NaN.
+
+    Example:
+        >>> evaluate("my-model", suite="commonsense").score("PIQA").value
+    """
+    if settings is not None and overrides:
+        raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
+    settings = settings or make_evaluation_settings(**overrides)
+    suites = find_suites(_listed(suite))
+    names = [part for name in _listed(tasks) for part in name.split(",") if part]
+    texts = [str(source) for source in _listed(text)]
+    if not (suites or names or texts):
+        raise EvaluationError("Nothing to measure: name a suite, tasks or a text.")
+    if settings.num_fewshot is not None and not names:
+        raise InvalidSettings(
+            f"num_fewshot applies to tasks, and suites have their own; got {settings.num_fewshot}."
+        )
+    subject = Subject(model, tokenizer, settings, trust_remote_code)
+    run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
+    scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
+    scores += [score for source in texts for score in run.text(source)]
+    return Evaluation(
+        subject.name,
+        run.records[0].result["parameters"],
+        scores,
+        settings,
+        run.records,
+        run.num_cached,
+    )
+
+
+class Subject:
+    """The model measured: its weights are loaded when the first result is missing."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: EvaluationSettings, trust_remote_code: bool
+    ):
+        self.settings, self.trust_remote_code = settings, trust_remote_code
+        self._model = None if isinstance(model, (str, os.PathLike)) else model
+        self.name = (
+            os.fspath(model)
+            if self._model is None
+            else getattr(model.config, "_name_or_path", "") or type(model).__name__
+        )
+        self.config = (
+            load_config(self.name, trust_remote_code) if self._model is None else model.config
+        )
+        check_causal(self.config)
+        if tokenizer is None and self._model is not None:
+            raise InvalidSettings("A model in memory needs its tokenizer; got None.")
+        self.tokenizer = tokenizer or load_tokenizer(self.name, trust_remote_code)
+        self.device = (
+            str(self._model.device)
+            if self._model is not None
+            else resolve_device(settings.device)
+            if settings.device_map is None
+            else settings.device_map
+        )
+        self._key: dict[str, Any] | None = None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            dtype = "stored" if self.settings.dtype == "auto" else self.settings.dtype
+            self._model = load_model(
+                self.name,
+                dtype,
+                self.device if self.settings.device_map is None else "cpu",
+                self.settings.device_map,
+                self.trust_remote_code,
+                prunable=False,
+            )
+        return self._model
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the model contributes to the key of a result."""
+        if self._key is None:
+            known = None
+            if self._model is None:
+                known = fingerprint.of_name(self.name, self.tokenizer, self.trust_remote_code)
+            self._key = {
+                "model": known or fingerprint.of_model(self.model, self.tokenizer),
+                "dtype": self._dtype(),
+                "device": self.device.split(":")[0],
+            }
+        return self._key
+
+    def _dtype(self) -> str:
+        if self._model is not None:
+            return str(self._model.dtype).removeprefix("torch.")
+        stored = getattr(self.config, "dtype", None)
+        dtype = stored if self.settings.dtype == "auto" else self.settings.dtype
+        return str(dtype or self.model.dtype).removeprefix("torch.")
+
+
+class _Run:
+    """One evaluation: looks results up, measures what is missing, keeps it."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        settings: EvaluationSettings,
+        store: ResultStore,
+        listener: EvaluationListener,
+    ):
+        self.subject, self.settings = subject, settings
+        self.store, self.listener = store, listener
+        self.records: list[Record] = []
+        self.num_cached = 0
+        self._lm: Any = None
+
+    def tasks(
+        self, suites: Sequence[Suite], names: Sequence[str], directories: Sequence[Path]
+    ) -> list[Score]:
+        """Scores of all rows, each suite followed by its averages."""
+        if not suites and not names:
+            return []
+        harness = _import_harness()
+        of_suites = [[harness.Wanted.of_suite(b) for b in suite.benchmarks] for suite in suites]
+        wanted = [row for rows in of_suites for row in rows]
+        wanted += [harness.Wanted(name, (name,)) for name in names]
+        scores: list[Score] = []
+        with harness.load_tasks(wanted, directories, self.settings) as rows:
+            count = sum(len(row.tasks) for row in rows)
+            left = iter(rows)
+            for suite in suites:
+                measured = [
+                    s for _ in suite.benchmarks for s in self._row(harness, next(left), count)
+                ]
+                scores += measured
+                scores += (
+                    _average(label, [s for s in measured if s.name in members])
+                    for label, members in suite.averages.items()
+                )
+            scores += (score for row in left for score in self._row(harness, row, count))
+        return scores
+
+    def _row(self, harness: Any, row: Loaded, count: int) -> Iterator[Score]:
+        metrics = {}
+        for name, task in row.tasks.items():
+            self.listener.on_task(name, len(self.records), count)
+            metrics[name] = self._task(harness, name, task).result["metrics"]
+        yield from _scores(row, metrics, self.records[-len(row.tasks) :])
+
+    def _task(self, harness: Any, name: str, task: Any) -> Record:
+        data = harness.describe_data(task, self.settings)
+        key = {
+            "kind": "lm-eval",
+            **self.subject.key,
+            "task": name,
+            "task_version": task.VERSION,
+            "num_fewshot": task.get_config("num_fewshot"),
+            "data": data["fingerprint"],
+            "limit": self.settings.limit,
+            "max_length": self.settings.max_length,
+            "batch_size": self.settings.batch_size,
+            "seed": self.settings.seed,
+            "versions": fingerprint.versions("datasets", "lm-eval"),
+        }
+
+        def measure() -> dict[str, Any]:
+            if self._lm is None:
+                self._lm = harness.Harnessed(
+                    self.subject.model, self.subject.tokenizer, self.settings
+                )
+                self._lm.on_progress = self.listener.on_progress
+            return {**harness.run_task(self._lm, task, self.settings), "data": data}
+
+        return self._keep(key, measure)
+
+    def text(self, source: str) -> list[Score]:
+        """Token perplexity and bits per byte of one text."""
+        longest = getattr(self.subject.config, "max_position_embeddings", None)
+        window = self.settings.window or min(longest or 2048, 2048)
+        stride = self.settings.stride or window
+        if longest and window > longest:
+            raise InvalidSettings(
+                f"window: the model reads at most {longest} tokens; got {window}."
+            )
+        if stride > window:
+            raise InvalidSettings(f"stride: the window has {window} tokens; got {stride}.")
+        documents = evaluation_texts(source, self.settings.text_column, None)
+        if self.settings.limit:
+            share = self.settings.limit * (len(documents) if self.settings.limit < 1 else 1)
+            documents = documents[: math.ceil(share)]
+        name = source if source == EMBEDDED else Path(source).name
+        self.listener.on_task(name, 0, 1)
+        key = {
+            "kind": "text",
+            **self.subject.key,
+            "data": fingerprint.of_rows(documents),
+            "window": window,
+            "stride": stride,
+            "batch_size": self.settings.batch_size,
+            "versions": fingerprint.versions(),
+        }
+
+        def measure() -> dict[str, Any]:
+            automatic = self.settings.batch_size == "auto"
+            measured = perplexity(
+                self.subject.model,
+                self.subject.tokenizer,
+                documents,
+                window,
+                batch_size=max(1, 2048 // window) if automatic else int(self.settings.batch_size),
+                stride=stride,
+                on_progress=self.listener.on_progress,
+            )
+            return {**measured.as_dict(), "num_documents": len(documents), "source": name}
+
+        result = self._keep(key, measure).result
+        nats = math.log(result["perplexity"])
+        error, tokens = result["standard_error"], result["num_tokens"]
+        return [
+            Score(name, "token_perplexity", result["perplexity"], result["perplexity"] * error,
+                  None, tokens, False),
+            Score(name, "bits_per_byte", result["bits_per_byte"],
+                  result["bits_per_byte"] * error / nats if nats else None, None, tokens, False),
+        ]  # fmt: skip
+
+    def _keep(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Record:
+        record = self.store.read(key)
+        self.num_cached += record is not None
+        if record is None:
+            began = time.perf_counter()
+            result = measure()
+            model = self.subject.model
+            result |= {
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "device": _describe(model.device),
+                "seconds": time.perf_counter() - began,
+            }
+            try:
+                record = self.store.put(key, result)
+            except WritingError as error:  # the figure is there: it is shown all the same
+                self.listener.on_notice(str(error))
+                record = Record.now(key, result)
+        self.records.append(record)
+        return record
+
+
+def _import_harness() -> Any:
+    try:
+        from . import harness
+    except ImportError as error:
+        if error.name and error.name.split(".")[0] not in ("lm_eval",):
+            raise
+        raise MissingExtra(
+            "Suites and tasks need lm-eval, which is not installed: "
+            "pip install 'adapt-pruner[eval]'. Texts can be measured without it."
+        ) from error
+    return harness
+
+
+def _scores(
+    row: Loaded, metrics: dict[str, dict[str, Any]], records: Sequence[Record]
+) -> Iterator[Score]:
+    wanted: Wanted = row.wanted
+    parts = row.values_of(metrics)
+    names = [wanted.metric] if wanted.metric else _metrics_of(parts[0])
+    for metric in names:
+        values = [part[metric] for part in parts if metric in part]
+        if len(values) < len(parts):
+            raise EvaluationError(
+                f"lm-eval reports no '{metric}' for '{wanted.name}'; it has "
+                f"{', '.join(_metrics_of(parts[0]))}."
+            )
+        errors = [part.get(_stderr(metric)) for part in parts]
+        plain = metric.split(",")[0]
+        better = [record.result["higher_is_better"].get(plain) for record in records]
+        yield Score(
+            wanted.name,
+            metric.removesuffix(",none"),
+            sum(values) / len(values),
+            _mean_error(errors),
+            records[0].key["num_fewshot"],
+            sum(record.result["num_samples"] for record in records),
+            better[0] is not False and "perplexity" not in plain,
+        )
+
+
+def _metrics_of(values: dict[str, Any]) -> list[str]:
+    return [name for name in values if "," in name and "_stderr," not in name]
+
+
+def _stderr(metric: str) -> str:
+    name, _, filtered = metric.partition(",")
+    return f"{name}_stderr,{filtered}"
+
+
+def _mean_error(errors: Sequence[Any]) -> float | None:
+    """Standard error of a mean of independent figures."""
+    if not errors or not all(isinstance(error, (int, float)) for error in errors):
+        return None
+    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def _average(label: str, scores: Sequence[Score]) -> Score:
+    value = sum(score.value for score in scores) / len(scores)
+    error = _mean_error([score.stderr for score in scores])
+    samples = sum(score.num_samples for score in scores)
+    return Score(label, "mean", value, error, None, samples, True)
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (str, Path)) else list(value)
