@@ -328,8 +328,9 @@ const wide = [...document.querySelectorAll("main *")].filter(e => !e.closest(".s
   && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + "." + e.className);
 const small = [...document.querySelectorAll("svg text")].filter(e =>
   getComputedStyle(e).display !== "none" && e.getBoundingClientRect().height < 11).length;
-parent.document.title = JSON.stringify({width: innerWidth, page: document.documentElement.scrollWidth,
-  wide, small, paper: getComputedStyle(document.body).backgroundColor});
+const page = document.documentElement.scrollWidth;
+parent.document.title = JSON.stringify({width: innerWidth, page, wide, small,
+  paper: getComputedStyle(document.body).backgroundColor});
 </script></body>"""
 FRAME = """<html style="color-scheme: light dark"><title></title>
 <iframe style="border: 0; color-scheme: light dark" width="{}" height="900" srcdoc="{}"></iframe>"""

@@ -74,11 +74,11 @@ class PruningResult:
     measurements: dict[str, dict[str, float]] = field(default_factory=dict)
     """What was measured before and after, such as {"perplexity": {"before": 7., "after": 9.}}."""
     protocol: dict[str, Any] = field(default_factory=dict)
-    """On what text it was measured, and how: text, window, stride, tokens predicted."""
-    unit_parameters: list[dict[str, int]] = field(default_factory=list)
-    """Per decoder layer, what one neuron and one KV group cost, under the names of the widths."""
+    """On what text it was measured, and how: `run.protocol`."""
     previous: dict[str, Any] | None = None
     """The record of an earlier pruning of the same model, if it had one."""
+    training: dict[str, Any] | None = None
+    """The account of recovery training, if there was any."""
 
     @property
     def sparsity(self) -> float:
@@ -166,9 +166,6 @@ def prune(
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = _load_calibration(model, tokenizer, settings)
     before, widths_before = Size.of(anatomy), anatomy.widths
-    unit_parameters: list[dict[str, int]] = [{} for _ in anatomy.layers]
-    for group in anatomy.groups:
-        unit_parameters[group.layer][WIDTH_OF[group.kind]] = group.unit_cost
     original = {group.key: torch.arange(group.num_units) for group in anatomy.groups}
     steps, began = [], time.perf_counter()
     listener.on_start(before.total, target)
@@ -201,8 +198,7 @@ def prune(
         kept=original,
         steps=steps,
         seconds=time.perf_counter() - began,
-        unit_parameters=unit_parameters,
-        previous=_previous_record(model),
+        previous=previous_record(model),
     )
 
 
@@ -228,7 +224,8 @@ def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationD
     )
 
 
-def _previous_record(model) -> dict[str, Any] | None:
+def previous_record(model: Any) -> dict[str, Any] | None:
+    """The record of the pruning that the model's own directory tells of, if it does."""
     file = Path(getattr(model.config, "_name_or_path", "") or ".") / PRUNING_FILE
     if model.config._name_or_path and file.is_file():
         return read_json(file)

@@ -28,6 +28,7 @@ def save_result(
     portable: bool = False,
     overwrite: bool = False,
     recipe: dict[str, Any] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write the pruned model so that `AutoModelForCausalLM.from_pretrained(directory)` loads it.
 
@@ -40,6 +41,7 @@ def save_result(
             (not needed, and not written, where all layers are equal).
         overwrite: replace a directory that exists.
         recipe: what to store as the recipe; default: the settings and target.
+        name: what the model card calls the model; default: the directory's name.
 
     Raises:
         WritingError: if the directory exists, or cannot be written.
@@ -64,7 +66,7 @@ def save_result(
             **result.settings.model_dump(mode="json", exclude_defaults=True),
         }
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
-        write_account(partial, directory.name, result)
+        write_account(partial, name or directory.name, result)
     return directory
 
 

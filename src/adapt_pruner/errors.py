@@ -22,8 +22,12 @@ class InvalidSettings(AdaptPrunerError, ValueError):
     """A setting has a value that it cannot have."""
 
 
-class CalibrationError(AdaptPrunerError, ValueError):
-    """The calibration text is missing, empty or too short, or does not fit the tokenizer."""
+class DataError(AdaptPrunerError, ValueError):
+    """Text to read is missing, malformed, empty or too short, or does not fit the tokenizer."""
+
+
+class CalibrationError(DataError):
+    """The same of the calibration text."""
 
 
 class EvaluationError(AdaptPrunerError, ValueError):

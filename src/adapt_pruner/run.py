@@ -11,12 +11,13 @@ import torch
 from .api import Listener, PruningResult, prune
 from .checkpoint import check_output, save_result
 from .data.calibration import EMBEDDED
-from .evaluation import Perplexity, evaluation_texts, perplexity
+from .evaluation import evaluation_texts, perplexity
 from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
 from .settings import PruneSettings
 
-EVALUATION_WINDOWS = 400
+EVALUATION_WINDOW, EVALUATION_WINDOWS = 256, 400
+"""Tokens of a window, and windows at most."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target
-    stored = _stored_dtype(empty)
+    stored = stored_dtype(empty)
     written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
     check_output(output, request.overwrite, target * written.itemsize)
     texts = None
@@ -80,7 +81,7 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
         settings.device_map,
         request.trust_remote_code,
     )
-    before = _measure(model, tokenizer, texts)
+    before = measure(model, tokenizer, texts)
     result = prune(
         model,
         tokenizer,
@@ -90,35 +91,42 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
         listener=listener,
     )
     if settings.dtype == "auto" and stored is not None:
-        _store_as(model, stored)  # it was loaded in float32 only to compute on the CPU
-    after = _measure(model, tokenizer, texts)
-    if before and after:
-        result.measurements = {
-            "perplexity": {"before": before.perplexity, "after": after.perplexity},
-            "bits per byte": {"before": before.bits_per_byte, "after": after.bits_per_byte},
-        }
-        result.protocol = {
-            "text": request.evaluate,
-            "window": after.window,
-            "stride": after.stride,
-            "num_tokens": after.num_tokens,
-        }
+        store_as(model, stored)  # it was loaded in float32 only to compute on the CPU
+    after = measure(model, tokenizer, texts)
+    result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
+    if request.evaluate:
+        result.protocol = protocol(request.evaluate)
     save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
 
-def _measure(model, tokenizer, texts: list[str] | None) -> Perplexity | None:
+def measure(model: Any, tokenizer: Any, texts: list[str] | None) -> dict[str, float]:
+    """Perplexity on the texts, if there are any."""
     if texts is None:
-        return None
-    return perplexity(model, tokenizer, texts, max_windows=EVALUATION_WINDOWS)
+        return {}
+    measured = perplexity(
+        model, tokenizer, texts, EVALUATION_WINDOW, max_windows=EVALUATION_WINDOWS
+    )
+    return {"perplexity": measured.perplexity, "bits per byte": measured.bits_per_byte}
 
 
-def _stored_dtype(model) -> torch.dtype | None:
+def protocol(text: str) -> dict[str, Any]:
+    """How `measure` measures on a text, for the account of a run."""
+    return {
+        "text": text,
+        "window": EVALUATION_WINDOW,
+        "stride": EVALUATION_WINDOW,
+        "max_windows": EVALUATION_WINDOWS,
+    }
+
+
+def stored_dtype(model: Any) -> torch.dtype | None:
+    """The precision that the model's configuration states."""
     dtype = getattr(model.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _store_as(model, dtype: torch.dtype) -> None:
+def store_as(model: Any, dtype: torch.dtype) -> None:
     """Convert the parameters alone: rotary frequencies stay float32, as in a model just loaded."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -131,4 +139,4 @@ def _dtype(request: Request, model) -> torch.dtype:
     on_cpu = (
         resolve_device(request.settings.device) == "cpu" and request.settings.device_map is None
     )
-    return torch.float32 if on_cpu else _stored_dtype(model) or torch.float32
+    return torch.float32 if on_cpu else stored_dtype(model) or torch.float32

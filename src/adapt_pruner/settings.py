@@ -200,7 +200,7 @@ def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
     try:
         return PruneSettings(**{**PRESETS[preset], **values})
     except ValidationError as error:
-        raise InvalidSettings(_explain(error, PruneSettings)) from None
+        raise InvalidSettings(explain(error, PruneSettings)) from None
 
 
 def make_evaluation_settings(**values: Any) -> EvaluationSettings:
@@ -208,10 +208,10 @@ def make_evaluation_settings(**values: Any) -> EvaluationSettings:
     try:
         return EvaluationSettings(**values)
     except ValidationError as error:
-        raise InvalidSettings(_explain(error, EvaluationSettings)) from None
+        raise InvalidSettings(explain(error, EvaluationSettings)) from None
 
 
-def _explain(error: ValidationError, settings: type[BaseModel]) -> str:
+def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     """Say in one sentence what pydantic found wrong first."""
     problem = error.errors()[0]
     if problem["type"] == "value_error":  # of several settings together

@@ -48,7 +48,7 @@ def command(
     from ..report.page import MARK, render
     from ..report.record import read_run
     from ..report.samples import Wanted, make_extras
-        from . import console
+    from . import console
 
     output = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
     if output.is_dir():

@@ -59,6 +59,12 @@ class CalibrationData:
                 "Use other text, or a smaller --window-length."
             )
 
+    def reseeded(self, seed: int) -> CalibrationData:
+        """The same documents, other windows."""
+        return CalibrationData(
+            self.documents, self.window_length, self.num_windows, seed, self.redraw, self.source
+        )
+
     def draw(self, step: int = 0) -> Tensor:
         """(B, T) int64 windows for pruning step `step`."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step * self.redraw)

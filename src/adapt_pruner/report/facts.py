@@ -180,7 +180,7 @@ def _protocol(run: Run) -> str:
         return ""
     return (
         f"Perplexity per token on {Path(str(told['text'])).name}: windows of {told['window']} "
-        f"tokens, stride {told['stride']}, {told['num_tokens']:,} tokens predicted."
+        f"tokens, stride {told['stride']}, at most {told['max_windows']} of them."
     )
 
 

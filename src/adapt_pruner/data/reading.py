@@ -1,0 +1,254 @@
+"""Rows of text data, one after the other: local files, directories and data sets of the hub.
+
+Every row knows where it stands, so that whatever is wrong in it can be found. Nothing is held in
+memory but the buffer that shuffles.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from . import pydocs
+
+EMBEDDED = "pydocs"
+"""Name of the text that every Python installation carries: its own documentation."""
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+LONGEST_DOCUMENT = 1_000_000
+"""Characters; longer texts are taken as several documents, so that none fills the memory."""
+SHUFFLE_ROWS, SHUFFLE_CHARACTERS = 10_000, 200_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a data set: its columns, and where it was found ("'a.jsonl' line 7")."""
+
+    values: dict[str, Any]
+    place: str
+
+
+def local_path(path: str) -> Path | None:
+    """The file or directory of this name, or None where it can only be a data set on the hub.
+
+    Raises:
+        DataError: for a name that looks like a path but is none.
+    """
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    if place.is_absolute() or place.suffix in READERS or path.startswith((".", "~")):
+        raise DataError(f"There is no text file or directory '{path}'. Name one that exists.")
+    return None
+
+
+def files_in(path: Path) -> list[Path]:
+    """The files below `path` that hold text, without empty ones, in the order of their names."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in files if file.suffix in READERS]
+    if not files:
+        raise DataError(
+            f"'{path}' holds no text that can be read; expected {', '.join(sorted(READERS))} files."
+        )
+    return [file for file in files if file.stat().st_size]
+
+
+def read_rows(
+    path: str,
+    subset: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> Iterator[Row]:
+    """Yield the rows of a source in a seeded random order: shuffled files, and a shuffled stream.
+
+    Args:
+        path: a local txt, jsonl, json or parquet file, a directory of such files, the name of a
+            data set on the hub, which is streamed, or "pydocs".
+        subset: configuration of a data set on the hub; split: default train; revision: commit.
+
+    Raises:
+        DataError: naming file and line of what cannot be read.
+    """
+    if path == EMBEDDED:
+        documents = enumerate(pydocs.documents("train"), 1)
+        rows = (Row({"text": text}, f"'{path}' document {i}") for i, text in documents)
+    elif (place := local_path(path)) is not None:
+        rows = _rows_of(files_in(place), seed)
+    else:
+        rows = _hub_rows(path, subset, split or "train", revision, seed)
+    return shuffled(rows, seed)
+
+
+def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
+    """Shuffle a stream through a buffer, as `datasets` does; small data are shuffled as a whole."""
+    generator, buffer, characters = random.Random(seed), [], 0
+    for row in rows:
+        buffer.append(row)
+        characters += _characters(row.values)
+        while len(buffer) > SHUFFLE_ROWS or (characters > SHUFFLE_CHARACTERS and len(buffer) > 1):
+            chosen = generator.randrange(len(buffer))
+            buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+            drawn = buffer.pop()
+            characters -= _characters(drawn.values)
+            yield drawn
+    generator.shuffle(buffer)
+    yield from buffer
+
+
+def _characters(value: Any) -> int:
+    return sum(map(len, strings_in(value)))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All text of a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings_in(item)
+
+
+def _rows_of(files: list[Path], seed: int) -> Iterator[Row]:
+    random.Random(seed).shuffle(files)
+    for file in files:
+        try:
+            yield from _READ[file.suffix](file)
+        except OSError as error:
+            raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from error
+
+
+def _plain_documents(file: Path) -> Iterator[Row]:
+    """Documents of a plain text; see `split_documents`. Places are counted in documents."""
+    number = 0
+    try:
+        with file.open(encoding="utf-8") as stream:
+            rest = ""
+            while chunk := stream.read(LONGEST_DOCUMENT):
+                *whole, rest = (rest + chunk).split(DOCUMENT_SEPARATOR)
+                if len(rest) > LONGEST_DOCUMENT:
+                    *pieces, rest = pieces_of(rest)
+                    whole += pieces
+                for text in filter(None, map(str.strip, whole)):
+                    number += 1
+                    yield Row({"text": text}, f"'{file}' document {number}")
+            if rest.strip():
+                yield Row({"text": rest.strip()}, f"'{file}' document {number + 1}")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"'{file}' line {_undecodable_line(file)} is not UTF-8 text. Convert the file to UTF-8."
+        ) from error
+
+
+def pieces_of(text: str) -> list[str]:
+    """Cut a text of more than `LONGEST_DOCUMENT` characters behind white space."""
+    pieces = []
+    while len(text) > LONGEST_DOCUMENT:
+        window = text[:LONGEST_DOCUMENT]
+        end = max(window.rfind("\n"), 0) or max(window.rfind(" "), 0)
+        # Without white space, a separator that has come in half must stay in the rest.
+        end = end + 1 if end else LONGEST_DOCUMENT - len(DOCUMENT_SEPARATOR)
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text]
+
+
+def _undecodable_line(file: Path) -> int:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                place = f"'{file}' line {number}"
+                try:
+                    values = json.loads(line)  # bytes: a byte order mark is no error
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{place} is not UTF-8 text. Convert the file.") from error
+                except ValueError as error:
+                    raise DataError(
+                        f"{place} is not valid JSON: {error}. Correct the line, or leave it out."
+                    ) from error
+                yield _row(values, place)
+
+
+def _json_file(file: Path) -> Iterator[Row]:
+    with file.open("rb") as stream:
+        start = stream.read(1 << 16).lstrip()
+    if not start.startswith(b"["):
+        yield from _json_lines(file)
+        return
+    try:
+        records = json.loads(file.read_bytes())
+    except ValueError as error:  # names line and column
+        raise DataError(f"'{file}' is not valid JSON: {error}. Correct the file.") from error
+    for number, values in enumerate(records, 1):
+        yield _row(values, f"'{file}' record {number}")
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"'{file}' row {number}")
+    except pyarrow.ArrowException as error:
+        after = f" after row {number}" if number else ""
+        text = str(error).strip().splitlines()[0].rstrip(".")
+        raise DataError(f"'{file}' is no parquet file that can be read{after}: {text}.") from error
+
+
+def _row(values: Any, place: str) -> Row:
+    if not isinstance(values, dict):
+        raise DataError(
+            f'{place} must be an object such as {{"text": ...}}; got {json.dumps(values):.60}.'
+        )
+    return Row(values, place)
+
+
+_READ: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".txt": _plain_documents,
+    ".jsonl": _json_lines,
+    ".json": _json_file,
+    ".parquet": _parquet_rows,
+}
+
+
+def _hub_rows(
+    name: str, subset: str | None, split: str, revision: str | None, seed: int
+) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            name, subset, split=split, revision=revision, streaming=True
+        ).shuffle(seed=seed, buffer_size=1)  # the files alone; rows are shuffled by the caller
+        for number, values in enumerate(rows, 1):
+            yield Row(values, f"'{name}' row {number}")
+    except Exception as error:  # of many libraries
+        text = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"Data set '{name}' cannot be read: {text}. Name one on the hub that you can reach, "
+            "or a local txt, jsonl, json or parquet file."
+        ) from error

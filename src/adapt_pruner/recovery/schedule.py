@@ -1,0 +1,136 @@
+"""When to cut, how long to train in between, and how fast (Adapt-Accel, section 3.2).
+
+One learning-rate schedule runs over all phases, so it is continuous across cuts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import get_constant_schedule_with_warmup, get_wsd_schedule
+from transformers import get_cosine_with_min_lr_schedule_with_warmup as get_cosine_schedule
+
+from ..errors import InvalidSettings
+from .settings import RecoverySettings
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Cut to at most `parameters`, then take `steps` optimizer steps."""
+
+    number: int
+    """Counted from 1."""
+    parameters: int
+    """Of the whole model."""
+    first_step: int
+    """Optimizer steps taken before this phase."""
+    steps: int
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.steps
+
+
+def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
+    """The number given, or that which removes about `prune_per_phase` of the present weights each.
+
+    >>> count_phases(make_recovery_settings(), 1_777_100_000, 1_005_500_000)  # paper: 11
+    11
+    """
+    if settings.phases is not None:
+        return settings.phases
+    return max(1, round(math.log(target / before) / math.log1p(-settings.prune_per_phase)))
+
+
+def make_phases(
+    settings: RecoverySettings, before: int, target: int, tokens: int
+) -> tuple[Phase, ...]:
+    """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, which by eq. 11 are
+    2j / (T (T + 1)) of all; in whole optimizer steps, at least one per phase.
+
+    Args:
+        before, target: parameters of the whole model, P_0 and P_T.
+        tokens: training tokens of all phases.
+
+    Raises:
+        InvalidSettings: if the tokens are too few for one step per phase.
+    """
+    count = count_phases(settings, before, target)
+    total_steps = tokens // tokens_per_step(settings)
+    if total_steps < count:
+        raise InvalidSettings(
+            f"{tokens:,} tokens are {total_steps} steps of {tokens_per_step(settings):,}; "
+            f"{count} phases need at least one each. Give more --tokens, a smaller --batch-tokens "
+            "or fewer --phases."
+        )
+    shares = [_weight(settings.growth, j, count) for j in range(1, count + 1)]
+    steps = _apportion(shares, total_steps)
+    phases = []
+    for j in range(1, count + 1):
+        size = before - round((before - target) * j / count)
+        phases.append(Phase(j, size, sum(steps[: j - 1]), steps[j - 1]))
+    return tuple(phases)
+
+
+def tokens_per_step(settings: RecoverySettings) -> int:
+    """`batch_tokens`, rounded down to whole windows."""
+    return settings.batch_tokens // settings.sequence_length * settings.sequence_length
+
+
+def _weight(growth: str, j: int, count: int) -> float:
+    if growth == "linear":
+        return j
+    if growth == "constant":
+        return 1.0
+    return (1 - math.cos(math.pi * j / count)) / 2
+
+
+def _apportion(shares: list[float], total: int) -> list[int]:
+    """Split `total` by shares into whole numbers of at least 1, the sum exact.
+
+    >>> _apportion([1, 2, 3], 12)
+    [2, 4, 6]
+    """
+    extra = total - len(shares)  # one each is given away first
+    exact = [max(0.0, share / sum(shares) * total - 1) for share in shares]
+    scale = extra / sum(exact) if sum(exact) else 0.0
+    result, carried, given = [], 0.0, 0
+    for value in exact:
+        carried += value * scale
+        result.append(1 + round(carried) - given)
+        given = round(carried)
+    result[-1] += total - sum(result)
+    return result
+
+
+def learning_rates(settings: RecoverySettings, total_steps: int) -> Callable[[int], float]:
+    """Learning rate of optimizer step s, counted from 0, from transformers' own schedules.
+
+    They begin at rate 0 and end at the lowest one; we read them one step later, so that no step of
+    ours is without effect.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    warmup = math.ceil(settings.warmup_ratio * total_steps)
+    decay = math.ceil(settings.decay_ratio * total_steps)
+    lowest = settings.min_learning_rate / settings.learning_rate
+    if settings.lr_scheduler == "wsd":
+        schedule = get_wsd_schedule(
+            optimizer, warmup, decay, num_training_steps=total_steps + 1,
+            decay_type="linear", min_lr_ratio=0.0,
+        )  # fmt: skip
+    elif settings.lr_scheduler == "cosine":
+        schedule = get_cosine_schedule(optimizer, warmup, total_steps + 1, min_lr_rate=0.0)
+    else:
+        schedule = get_constant_schedule_with_warmup(optimizer, warmup)
+    factor = schedule.lr_lambdas[0]
+
+    def at(step: int) -> float:
+        share = factor(step + 1)
+        if step >= warmup:
+            share = lowest + (1 - lowest) * share
+        return settings.learning_rate * share
+
+    return at

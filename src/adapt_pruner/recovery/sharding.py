@@ -1,0 +1,75 @@
+"""FSDP2: weights, gradients and moments spread over processes while a phase trains.
+
+Before and after a phase every process has the whole model, because a cut needs all of it; moments
+are whole only on the first process, in the memory of its CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import find_anatomy
+from .moments import Moments
+
+
+def shard(model: Any, mixed_precision: str) -> nn.Module:
+    """Shard layer by layer, in place, over all processes."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    compute = torch.bfloat16 if mixed_precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for layer in find_anatomy(model).layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def read_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Moments]:
+    """Whole weights on every process; whole moments on the first one."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
+
+    names = [name for name, _ in model.named_parameters()]
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found: Any = get_optimizer_state_dict(model, optimizer, options=on_cpu)
+    return {name: weights[name] for name in names}, dict(found.get("state", {}))
+
+
+def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments) -> None:
+    """Spread the moments that the first process has. All processes call it."""
+    from torch.distributed import broadcast_object_list
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    any_there = [bool(moments)]
+    broadcast_object_list(any_there, src=0)
+    if not any_there[0]:
+        return
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state: Any = {"state": moments, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def rebuilt(
+    plain_class: type, config: Any, weights: dict[str, Tensor], device: torch.device
+) -> Any:
+    """A plain model again: sharding cannot be taken off one."""
+    with torch.device(device):
+        plain = plain_class(config)
+    for name, parameter in plain.named_parameters():
+        parameter.data = weights[name].to(device)
+    return plain.eval()
+
+
+def whole(value: Any) -> Any:
+    """A scalar that may be spread over processes, as a plain tensor."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,0 +1,208 @@
+"""The state of a run on disk, from which it goes on after a kill as if nothing had happened.
+
+    DIR/run.yaml                     what was asked for; a resume must ask for the same
+    DIR/training.jsonl               one line per optimizer step
+    DIR/phases.json                  one entry per finished phase
+    DIR/checkpoints/step-00000123/   weights, moments, random states and counters after 123 steps
+
+A checkpoint directory appears whole or not at all, and older ones go once it is there. The
+weights are an ordinary model directory, so an unfinished run can be looked at, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import atomic_directory, write_json
+from ..errors import InvalidSettings, WritingError
+from ..loading import read_json
+from .moments import Moments, flatten, unflatten
+
+REQUEST_FILE, LOG_FILE, PHASES_FILE = "run.yaml", "training.jsonl", "phases.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that is not a tensor."""
+
+    phase: int = 0
+    """Phases begun; the last of them is unfinished while `step` is below its end."""
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = 0.0
+    sampler: dict[str, Any] | None = None
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    """Per group ("0/mlp"), the units that are left, as indices into the original ones."""
+    pruning_steps: list[dict[str, Any]] = field(default_factory=list)
+    """`StepRecord`s of all phases."""
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    """What phases.json holds."""
+    first: dict[str, Any] = field(default_factory=dict)
+    """The model before the first cut: sizes, widths, measurements, an earlier pruning's record."""
+    reference_losses: dict[str, float] = field(default_factory=dict)
+    interval: dict[str, list[float]] = field(default_factory=dict)
+    """Per domain since its weight was last set: sum of losses, predicted tokens."""
+
+
+class RunDirectory:
+    """The directory of one run."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    @property
+    def log(self) -> Path:
+        return self.directory / LOG_FILE
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.directory / "run.json").is_file()
+
+    def open(self, request: dict[str, Any], overwrite: bool) -> None:
+        """Begin a run here, or go on with the one that is here.
+
+        Raises:
+            WritingError: if the directory holds something else.
+            InvalidSettings: if it holds a run that was asked for in other words: which.
+        """
+        file = self.directory / REQUEST_FILE
+        if file.is_file() and not overwrite:
+            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            changed = [
+                f"{key}: {before.get(key)!r} became {request.get(key)!r}"
+                for key in sorted({*before, *request})
+                if before.get(key) != request.get(key)
+            ]
+            if changed:
+                raise InvalidSettings(
+                    f"'{self.directory}' holds a run of other settings ({'; '.join(changed)}). Use "
+                    "the same to go on with it, name another directory, or pass --overwrite."
+                )
+            return
+        place = self.directory
+        if place.exists() and not place.is_dir():
+            raise WritingError(f"'{place}' is a file; name a directory.")
+        if place.exists() and any(f.name != _partial(file).name for f in place.iterdir()):
+            if not overwrite or not file.is_file():
+                raise WritingError(
+                    f"'{place}' exists, is not empty and holds no run of this command. Name "
+                    "another directory."
+                )
+            shutil.rmtree(place)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, yaml.safe_dump(request, sort_keys=False))
+        except OSError as error:
+            raise WritingError(f"'{place}' cannot be written to: {error.strerror}.") from error
+
+    def save(
+        self,
+        progress: Progress,
+        model: Any,
+        weights: dict[str, Tensor],
+        moments: Moments,
+        tokenizer: Any,
+    ) -> None:
+        """Write a checkpoint; older ones are removed when it is there."""
+        place = self.directory / CHECKPOINTS / f"step-{progress.step:08}"
+        with atomic_directory(place, overwrite=True) as partial:
+            model.config.save_pretrained(partial)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(partial)
+            save_file(_contiguous(weights), partial / "model.safetensors", {"format": "pt"})
+            save_file(_contiguous(flatten(moments)), partial / "moments.safetensors")
+            save_file(_random_states(), partial / "random.safetensors")
+            tokenizer.save_pretrained(partial)
+            write_json(partial / "progress.json", asdict(progress))
+        for older in self.checkpoints():
+            if older.name < place.name:
+                shutil.rmtree(older, ignore_errors=True)
+        _write_whole(self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n")
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first. What a killed run left half-written is removed."""
+        parent = self.directory / CHECKPOINTS
+        for partial in parent.glob(".step-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        return sorted(parent.glob("step-*"))
+
+    def resume(self) -> tuple[Progress, Path] | None:
+        """The newest checkpoint, if there is one; the log is cut back to it."""
+        found = self.checkpoints()
+        progress = Progress(**read_json(found[-1] / "progress.json")) if found else Progress()
+        if self.log.exists():
+            lines = self.log.read_text(encoding="utf-8").splitlines()[: progress.step]
+            _write_whole(self.log, "".join(f"{line}\n" for line in lines))
+        return (progress, found[-1]) if found else None
+
+    def discard_checkpoints(self) -> None:
+        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+
+
+def rebuild_model(checkpoint: Path, source: Any) -> Any:
+    """A model of the checkpoint's widths, with the class, dtype and device of `source`."""
+    config = type(source.config).from_pretrained(checkpoint)
+    config._name_or_path = source.config._name_or_path
+    with torch.device(source.device):
+        model = type(source)(config).to(source.dtype)
+    model.generation_config = source.generation_config
+    return model.eval()
+
+
+def read_weights(checkpoint: Path, model: Any) -> None:
+    """Read the weights of `model`, which may be wrapped for LoRA. Mutates it."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in _tensors(checkpoint / "model.safetensors"):
+        parameters[name].data.copy_(tensor)
+
+
+def read_checkpoint_moments(checkpoint: Path) -> Moments:
+    return unflatten(_tensors(checkpoint / "moments.safetensors"))
+
+
+def restore_random_states(checkpoint: Path) -> None:
+    states = dict(_tensors(checkpoint / "random.safetensors"))
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _tensors(file: Path):
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+            yield key, tensors.get_tensor(key)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = _partial(file)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f".{file.name}.partial")

@@ -1,0 +1,257 @@
+"""One phase of recovery training: a loop over optimizer steps, on accelerate.
+
+The model between phases is a whole, plain one on every process; inside a phase it is wrapped (DDP,
+FSDP2) as `accelerate launch` says. Gradients are those of the mean loss per predicted token of the
+global batch, whatever the micro-batch size and the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError
+from . import sharding
+from .moments import Moments, read_moments, write_moments
+from .objective import IGNORED, Teaching, loss_sums, targets_of
+from .settings import RecoverySettings
+
+Teacher = Callable[[Tensor, Tensor], Teaching]
+"""From (B,) positions in the data order and (B, T) token ids to the teacher's predictions."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step saw, over all processes."""
+
+    loss: float
+    """Mean cross-entropy in nats per predicted token."""
+    grad_norm: float
+    domain_losses: dict[int, tuple[float, int]]
+    """Per domain: sum of the cross-entropies, and the number of predicted tokens."""
+
+
+@contextmanager
+def training(
+    accelerator: Accelerator,
+    model: nn.Module,
+    moments: Moments,
+    settings: RecoverySettings,
+    num_domains: int = 1,
+) -> Iterator[PhaseTraining]:
+    """Wrap `model` and an AdamW with these moments for one phase; unwrap on leaving.
+
+    On leaving, `phase.model` is the whole trained model and `phase.moments` are its moments.
+    """
+    phase = PhaseTraining(accelerator, model, moments, settings, num_domains)
+    try:
+        yield phase
+        phase.close()
+    finally:
+        accelerator.free_memory()
+
+
+class PhaseTraining:
+    """A wrapped model and its optimizer. See `training`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        moments: Moments,
+        settings: RecoverySettings,
+        num_domains: int,
+    ):
+        self.accelerator, self.settings, self.model = accelerator, settings, model
+        self.num_domains, self.plain_class = num_domains, type(model)
+        self.sharded = settings.sharding == "fsdp2" and accelerator.num_processes > 1
+        self.micro_batch = settings.per_device_train_batch_size or _micro_batch(model, settings)
+        model.train()
+        if self.sharded:
+            self.wrapped = sharding.shard(model, accelerator.mixed_precision)
+        optimizer = torch.optim.AdamW(
+            _decay_groups(model, settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+        )
+        if self.sharded:
+            self.optimizer = optimizer
+            sharding.write_moments(model, optimizer, moments)
+        else:
+            write_moments(model, optimizer, moments)
+            self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.moments = moments
+
+    def step(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor,
+        domains_B: Tensor,
+        learning_rate: float,
+        teacher: Teacher | None = None,
+        positions_B: Tensor | None = None,
+    ) -> StepResult:
+        """Take one optimizer step on this process's share of the global batch.
+
+        Raises:
+            NonFiniteError: if the loss or a gradient is NaN or infinite; no weight has changed.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        targets_BT = targets_of(labels_BT)
+        counts_B = (targets_BT != IGNORED).sum(dim=1)
+        num_labels = int(self._summed(counts_B.sum()))
+        losses_B = self._accumulate(tokens_BT, labels_BT, num_labels, teacher, positions_B)
+        norm = self.accelerator.clip_grad_norm_(
+            self.wrapped.parameters(), self.settings.max_grad_norm
+        )
+        by_domain = self._by_domain(losses_B, counts_B, domains_B)
+        loss = math.fsum(total for total, _ in by_domain.values()) / max(num_labels, 1)
+        grad_norm = float(sharding.whole(norm))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            what = "loss" if not math.isfinite(loss) else "gradient norm"
+            raise NonFiniteError(f"The {what} is NaN or infinite")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, by_domain)
+
+    def _accumulate(self, tokens_BT, labels_BT, num_labels, teacher, positions_B) -> Tensor:
+        """Gradients of the whole share, micro-batch after micro-batch; (B,) cross-entropies."""
+        while True:
+            size = self.micro_batch
+            try:
+                return self._try(size, tokens_BT, labels_BT, num_labels, teacher, positions_B)
+            except RuntimeError as error:
+                alone = self.accelerator.num_processes == 1
+                if self.settings.per_device_train_batch_size or size == 1 or not alone:
+                    raise
+                if not should_reduce_batch_size(error):
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            self.micro_batch = -(-size // 2)
+
+    def _try(self, size, tokens_BT, labels_BT, num_labels, teacher, positions_B) -> Tensor:
+        accelerator, settings = self.accelerator, self.settings
+        scale = accelerator.num_processes / max(num_labels, 1)  # the wrappers average gradients
+        losses = []
+        for start in range(0, len(tokens_BT), size):
+            rows = slice(start, start + size)
+            ids_BT = tokens_BT[rows].to(accelerator.device)
+            labels = labels_BT[rows].to(accelerator.device)
+            teaching = teacher(positions_B[rows], ids_BT) if teacher else None
+            last = start + size >= len(tokens_BT)
+            with nullcontext() if last else self._unsynchronised():
+                logits_BTV = self.wrapped(input_ids=ids_BT, use_cache=False).logits
+                total, losses_B = loss_sums(
+                    logits_BTV, labels, teaching, settings.alpha, settings.temperature
+                )
+                del logits_BTV
+                accelerator.backward(total * scale)
+            losses.append(losses_B)
+        return torch.cat(losses)
+
+    def _by_domain(self, losses_B, counts_B, domains_B) -> dict[int, tuple[float, int]]:
+        sums = torch.zeros(self.num_domains, 2, dtype=torch.float64)
+        rows = torch.stack([losses_B.double().cpu(), counts_B.double().cpu()], dim=1)
+        sums.index_add_(0, domains_B, rows)
+        table = self._summed(sums.to(self.accelerator.device)).cpu().tolist()
+        return {i: (loss, int(count)) for i, (loss, count) in enumerate(table) if count}
+
+    def _summed(self, value: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        """Gradients add up on each process and are not exchanged yet."""
+        if not self.sharded:
+            with self.accelerator.no_sync(self.wrapped):
+                yield
+            return
+        wrapped: Any = self.wrapped
+        wrapped.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            wrapped.set_requires_gradient_sync(True)
+
+    def state(self) -> tuple[dict[str, Tensor], Moments]:
+        """Weights and moments, whole, by the names that the plain model has. All processes call
+        it."""
+        if self.sharded:
+            return sharding.read_state(self.wrapped, self.optimizer)
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        return weights, read_moments(self.model, _plain(self.optimizer))
+
+    def close(self) -> None:
+        if self.sharded:
+            weights, self.moments = self.state()
+            self.model = sharding.rebuilt(
+                self.plain_class, self.model.config, weights, self.accelerator.device
+            )
+        else:
+            self.moments = read_moments(self.model, _plain(self.optimizer))
+            self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.model.eval()
+
+
+def _micro_batch(model: Any, settings: RecoverySettings) -> int:
+    """Windows whose float32 logits take about 1 GB, at most 16,384 tokens: what a forward pass
+    begins with where none is set; it halves when memory runs out."""
+    tokens = min(2**28 // model.config.vocab_size, 16_384)
+    return max(1, tokens // settings.sequence_length)
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms do not, as in transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class SpikeGuard:
+    """Notices a loss that leaves its running mean by more than `limit` nats."""
+
+    def __init__(self, limit: float | None, memory: float = 0.95, warmup: int = 10):
+        self.limit, self.memory, self.warmup = limit, memory, warmup
+        self.mean, self.seen = 0.0, 0
+
+    def check(self, loss: float) -> None:
+        """Raises NonFiniteError on a spike."""
+        if self.limit is not None and self.seen >= self.warmup and loss > self.mean + self.limit:
+            raise NonFiniteError(
+                f"The loss rose to {loss:.3f} from a running mean of {self.mean:.3f}"
+            )
+        weight = max(1 - self.memory, 1 / (self.seen + 1))
+        self.mean += weight * (loss - self.mean)
+        self.seen += 1
+
+
+class Throughput:
+    """Tokens per second since the last reading."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+
+    def read(self, tokens: int) -> float:
+        now = time.perf_counter()
+        elapsed, self.since = now - self.since, now
+        return tokens / max(elapsed, 1e-9)
