@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from ..api import PruningResult
     from ..methods import PruningStep
     from ..plan import Plan
+    from ..recovery.plan import AccelPlan
+    from ..recovery.schedule import Phase
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -171,3 +173,99 @@ def show_plan(plan: Plan) -> None:
     out.print(memory)
     minutes, seconds = divmod(round(plan.seconds), 60)
     out.print(f"time (estimate for this machine): {minutes} min {seconds} s")
+
+
+class TrainingProgress:
+    """A live bar over all tokens of a run, and a line per finished phase. Shown by the first of
+    several processes. Use as a context manager."""
+
+    def __init__(self, quiet: bool):
+        first = os.environ.get("RANK", "0") == "0"
+        self.is_shown, self.pruning = first and not quiet, Listener()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            disable=not (self.is_shown and err.is_interactive),
+            transient=True,
+        )
+        self.task = self.bar.add_task("", total=None)
+        self.phase, self.phases = 0, 0
+
+    def __enter__(self) -> TrainingProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.bar.stop()
+
+    def on_prepare(self, what: str) -> None:
+        self.bar.update(self.task, description=what)
+
+    def on_phase(self, phase: Phase, phases: tuple[Phase, ...]) -> None:
+        self.phase, self.phases = phase.number, len(phases)
+        self.bar.update(
+            self.task,
+            description=f"phase {phase.number}/{len(phases)} · cutting to "
+            f"{short(phase.parameters)} parameters",
+        )
+
+    def on_step(self, record: dict[str, Any], total_tokens: int) -> None:
+        self.bar.update(
+            self.task,
+            total=total_tokens,
+            completed=record["tokens"],
+            description=f"phase {self.phase}/{self.phases} · {short(record['tokens'])} of "
+            f"{short(total_tokens)} tokens · loss {record['loss']:.3f} · "
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+        )
+
+    def on_phase_end(self, record: dict[str, Any]) -> None:
+        if self.is_shown:
+            found = record["evaluation"] or {}
+            measured = "".join(f" · {name} {value:.3f}" for name, value in found.items())
+            err.print(
+                f"phase {record['phase']}/{self.phases} · {record['parameters']:,} parameters · "
+                f"{short(record['tokens_before'] + record['tokens'])} tokens{measured}",
+                soft_wrap=True,
+            )
+
+
+def show_accel_plan(plan: AccelPlan) -> None:
+    """The plan of a dry run of accel."""
+    out.print(
+        f"{plan.before.total:,} parameters → at most {plan.target:,} in {len(plan.phases)} phases; "
+        f"{plan.tokens:,} tokens in steps of {plan.tokens_per_step:,}",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("phase", "parameters", "tokens", "steps", "learning rate", "FLOPs"):
+        table.add_column(name, justify="right")
+    for planned in plan.phases:
+        first, last = planned.learning_rates
+        table.add_row(
+            str(planned.phase.number),
+            f"{planned.phase.parameters:,}",
+            f"{planned.tokens:,}",
+            f"{planned.phase.steps:,}",
+            f"{first:.2e} → {last:.2e}",
+            f"{planned.flops:.2e}",
+        )
+    out.print(table)
+    for title, parts in (
+        ("while training", plan.memory_bytes),
+        ("at a cut", plan.pruning_bytes),
+    ):
+        listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        out.print(
+            f"memory per device {title} (estimate, GB): {sum(parts.values()) / 1e9:.2f} = {listed}",
+            soft_wrap=True,
+        )
+    out.print(
+        f"{plan.flops:.3g} FLOPs of training: about {plan.gpu_hours:,.2f} GPU-hours, "
+        f"{plan.gpu_hours / plan.gpus:,.2f} h on {plan.gpus}",
+        soft_wrap=True,
+    )

@@ -17,6 +17,7 @@ class Program(click.Group):
 
     commands_in = {  # noqa: RUF012
         "prune": "prune",
+        "accel": "accel",
         "evaluate": "evaluate",
         "report": "report",
         "demo": "demo",

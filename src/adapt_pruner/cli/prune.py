@@ -7,8 +7,14 @@ from typing import Any
 
 import click
 
-from ..errors import InvalidSettings
-from .options import Count, preset_option, read_recipe, resolve_settings, settings_options
+from .options import (
+    Count,
+    own_values,
+    preset_option,
+    read_recipe,
+    resolve_settings,
+    settings_options,
+)
 
 RECIPE_KEYS = {
     "model": (str,),
@@ -60,12 +66,13 @@ def command(
         raise click.UsageError("Name a MODEL: a directory, or a model on the hub.")
     if output is None and not dry_run:
         raise click.UsageError("Name the directory to write: -o DIR.")
+    values = own_values(own, said)
     request = Request(
         model=model,
         settings=resolve_settings(preset, default_calibration(model), said, options),
         overwrite=overwrite,
         trust_remote_code=trust,
-        **_own_values(own, said),
+        **{**values, "portable": bool(values["portable"])},
     )
     console.hush_libraries()
     if dry_run:
@@ -77,19 +84,3 @@ def command(
     if not quiet:
         console.show_result(result)
         click.echo(f"written to {output}")
-
-
-def _own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    values = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
-    # A target given as a flag replaces one of either kind in the recipe.
-    if flags["sparsity"] is not None:
-        values["params"] = flags["params"]
-    elif flags["params"] is not None:
-        values["sparsity"] = None
-    if values["params"] is not None:
-        try:
-            values["params"] = Count().convert(values["params"], None, None)
-        except click.BadParameter as error:
-            raise InvalidSettings(f"params: {error.message}") from None
-    values["portable"] = bool(values["portable"])
-    return values

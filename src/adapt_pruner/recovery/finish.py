@@ -5,38 +5,36 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from ..api import PruningResult
 from ..checkpoint import save_result
 from ..run import store_as
+from .request import AccelRequest
+from .state import RunDirectory
 
-if TYPE_CHECKING:
-    from .accel import _Run
 
+def write_result(
+    result: PruningResult,
+    request: AccelRequest,
+    place: RunDirectory,
+    stored_dtype: torch.dtype | None,
+) -> None:
+    """Write model and account into the run's directory; then what only a resume needs goes.
 
-def finish(run: _Run) -> PruningResult:
-    """Write the model and its account into the run's directory; then the checkpoints go.
-
-    The model's config.json and at last run.json arrive after all else, so that neither a tool nor
-    a resume takes a half-written result for a whole one.
+    config.json and at last run.json arrive after all else, so that neither a tool nor a resume
+    takes a half-written result for a whole one.
     """
-    result = run.result()
-    if run.settings.dtype == "auto" and run.stored_dtype is not None:
-        store_as(run.model, run.stored_dtype)
-    if run.is_main:
-        directory = run.place.directory
-        whole = directory / ".result"
-        save_result(
-            result, whole, run.request.portable, overwrite=True, recipe=run.request.recipe(),
-            name=directory.resolve().name,
-        )  # fmt: skip
-        _move_all(whole, directory)
-        if not run.request.keep_checkpoint:
-            run.place.discard_checkpoints()
-            shutil.rmtree(directory / "teacher", ignore_errors=True)
-    run.accelerator.wait_for_everyone()
-    return result
+    if request.settings.dtype == "auto" and stored_dtype is not None:
+        store_as(result.model, stored_dtype)
+    directory = place.directory
+    whole = directory / ".result"
+    name = directory.resolve().name
+    save_result(result, whole, request.portable, True, request.recipe(), name)
+    _move_all(whole, directory)
+    if not request.keep_checkpoint:
+        place.discard_checkpoints()
 
 
 def _move_all(source: Path, directory: Path) -> None:

@@ -140,17 +140,29 @@ class RunDirectory:
             shutil.rmtree(partial, ignore_errors=True)
         return sorted(parent.glob("step-*"))
 
-    def resume(self) -> tuple[Progress, Path] | None:
-        """The newest checkpoint, if there is one; the log is cut back to it."""
+    def resume(self, write: bool) -> tuple[Progress, Path] | None:
+        """The newest checkpoint, if there is one; with `write`, the log is cut back to it."""
         found = self.checkpoints()
         progress = Progress(**read_json(found[-1] / "progress.json")) if found else Progress()
-        if self.log.exists():
+        if write and self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines()[: progress.step]
             _write_whole(self.log, "".join(f"{line}\n" for line in lines))
         return (progress, found[-1]) if found else None
 
+    def append_log(self, line: str) -> None:
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
     def discard_checkpoints(self) -> None:
-        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, "teacher"):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def read_tensors(self, checkpoint: Path, model: Any) -> Moments:
+        """Read the weights of `model`, which is mutated, and return the moments."""
+        parameters = dict(model.named_parameters())
+        for name, tensor in _tensors(checkpoint / "model.safetensors"):
+            parameters[name].data.copy_(tensor)
+        return unflatten(_tensors(checkpoint / "moments.safetensors"))
 
 
 def rebuild_model(checkpoint: Path, source: Any) -> Any:
@@ -161,17 +173,6 @@ def rebuild_model(checkpoint: Path, source: Any) -> Any:
         model = type(source)(config).to(source.dtype)
     model.generation_config = source.generation_config
     return model.eval()
-
-
-def read_weights(checkpoint: Path, model: Any) -> None:
-    """Read the weights of `model`, which may be wrapped for LoRA. Mutates it."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in _tensors(checkpoint / "model.safetensors"):
-        parameters[name].data.copy_(tensor)
-
-
-def read_checkpoint_moments(checkpoint: Path) -> Moments:
-    return unflatten(_tensors(checkpoint / "moments.safetensors"))
 
 
 def restore_random_states(checkpoint: Path) -> None:

@@ -89,7 +89,8 @@ def store_logits(
                 ids_BT = sampler.gather(indices[start : start + batch_size]).input_ids.to(device)
                 logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
                 found = store_teaching(logits_BTV.flatten(0, 1), top_k, temperature)
-                assert found.index_NK is not None and found.log_total_N is not None
+                assert found.index_NK is not None
+                assert found.log_total_N is not None
                 shape = ids_BT.shape
                 parts["logits"].append(found.logits_NK.half().unflatten(0, shape).cpu())
                 parts["index"].append(found.index_NK.unflatten(0, shape).cpu())

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from ..data.sampling import Batch
 from ..errors import NonFiniteError
 from . import sharding
 from .moments import Moments, read_moments, write_moments
@@ -93,28 +94,29 @@ class PhaseTraining:
 
     def step(
         self,
-        tokens_BT: Tensor,
-        labels_BT: Tensor,
-        domains_B: Tensor,
+        batch: Batch,
         learning_rate: float,
         teacher: Teacher | None = None,
         positions_B: Tensor | None = None,
     ) -> StepResult:
         """Take one optimizer step on this process's share of the global batch.
 
+        Args:
+            positions_B: (B,) places of the windows in the run's order, for the teacher.
+
         Raises:
             NonFiniteError: if the loss or a gradient is NaN or infinite; no weight has changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        targets_BT = targets_of(labels_BT)
+        targets_BT = targets_of(batch.labels)
         counts_B = (targets_BT != IGNORED).sum(dim=1)
         num_labels = int(self._summed(counts_B.sum()))
-        losses_B = self._accumulate(tokens_BT, labels_BT, num_labels, teacher, positions_B)
+        losses_B = self._accumulate(batch, num_labels, teacher, positions_B)
         norm = self.accelerator.clip_grad_norm_(
             self.wrapped.parameters(), self.settings.max_grad_norm
         )
-        by_domain = self._by_domain(losses_B, counts_B, domains_B)
+        by_domain = self._by_domain(losses_B, counts_B, batch.domains)
         loss = math.fsum(total for total, _ in by_domain.values()) / max(num_labels, 1)
         grad_norm = float(sharding.whole(norm))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -125,12 +127,12 @@ class PhaseTraining:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm, by_domain)
 
-    def _accumulate(self, tokens_BT, labels_BT, num_labels, teacher, positions_B) -> Tensor:
+    def _accumulate(self, batch: Batch, num_labels, teacher, positions_B) -> Tensor:
         """Gradients of the whole share, micro-batch after micro-batch; (B,) cross-entropies."""
         while True:
             size = self.micro_batch
             try:
-                return self._try(size, tokens_BT, labels_BT, num_labels, teacher, positions_B)
+                return self._try(size, batch, num_labels, teacher, positions_B)
             except RuntimeError as error:
                 alone = self.accelerator.num_processes == 1
                 if self.settings.per_device_train_batch_size or size == 1 or not alone:
@@ -140,20 +142,20 @@ class PhaseTraining:
             self.optimizer.zero_grad(set_to_none=True)
             self.micro_batch = -(-size // 2)
 
-    def _try(self, size, tokens_BT, labels_BT, num_labels, teacher, positions_B) -> Tensor:
+    def _try(self, size, batch: Batch, num_labels, teacher, positions_B) -> Tensor:
         accelerator, settings = self.accelerator, self.settings
         scale = accelerator.num_processes / max(num_labels, 1)  # the wrappers average gradients
         losses = []
-        for start in range(0, len(tokens_BT), size):
+        for start in range(0, len(batch.input_ids), size):
             rows = slice(start, start + size)
-            ids_BT = tokens_BT[rows].to(accelerator.device)
-            labels = labels_BT[rows].to(accelerator.device)
+            ids_BT = batch.input_ids[rows].to(accelerator.device)
+            labels_BT = batch.labels[rows].to(accelerator.device)
             teaching = teacher(positions_B[rows], ids_BT) if teacher else None
-            last = start + size >= len(tokens_BT)
+            last = start + size >= len(batch.input_ids)
             with nullcontext() if last else self._unsynchronised():
                 logits_BTV = self.wrapped(input_ids=ids_BT, use_cache=False).logits
                 total, losses_B = loss_sums(
-                    logits_BTV, labels, teaching, settings.alpha, settings.temperature
+                    logits_BTV, labels_BT, teaching, settings.alpha, settings.temperature
                 )
                 del logits_BTV
                 accelerator.backward(total * scale)
@@ -170,7 +172,8 @@ class PhaseTraining:
     def _summed(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return value
-        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
+        summed: Any = self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
+        return summed
 
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:

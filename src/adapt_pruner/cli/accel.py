@@ -1,0 +1,143 @@
+"""`adapt-pruner accel`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..recovery.settings import RecoverySettings, make_recovery_settings
+from .options import (
+    Count,
+    options_of,
+    own_values,
+    preset_option,
+    read_recipe,
+    resolve_settings,
+    settings_options,
+)
+
+RECIPE_KEYS = {
+    "model": (str,),
+    "data": (str,),
+    "tokens": (int, str),
+    "sparsity": (float, int),
+    "params": (int, str),
+    "preset": (str,),
+    "teacher": (str,),
+    "evaluate": (str,),
+    "portable": (bool,),
+    "trust_remote_code": (bool,),
+}
+
+
+@click.command("accel")
+@click.argument("model", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the run.")
+@click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to remove.")
+@click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M.")
+@click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
+@click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
+@click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
+@preset_option
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it.")
+@click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and in each phase.")
+@click.option("--stop-after", type=click.IntRange(1), help="Stop after this phase, to go on later.")
+@click.option("--max-hours", type=click.FloatRange(0, min_open=True), help="Stop after so long.")
+@click.option("--max-loss", type=float, help="Stop at a phase whose evaluation loss is above it.")
+@click.option(
+    "--save-steps", type=click.IntRange(1), default=500, show_default=True,
+    help="Optimizer steps between checkpoints; one is also written after each phase.",
+)  # fmt: skip
+@click.option("--keep-checkpoint", is_flag=True, help="Keep moments and state at the end.")
+@click.option("--report-to", default="", help="Trackers: tensorboard, trackio, wandb, with commas.")
+@click.option(
+    "--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go."
+)
+@click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map).")
+@click.option("--overwrite", is_flag=True, help="Begin anew where another run has been.")
+@click.option("--dry-run", is_flag=True, help="Print the plan of all phases; load no weights.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="For --dry-run.")
+@click.option(
+    "--gpu-tflops", type=click.FloatRange(0, min_open=True), default=400.0, show_default=True,
+    help="For --dry-run: what a GPU really does in training.",
+)  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the model's own code.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@options_of(RecoverySettings)
+@settings_options
+def command(
+    model: str | None,
+    output: Path | None,
+    recipe: Path | None,
+    dry_run: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Make MODEL smaller and train it in between, a few percent of the weights at a time.
+
+    The same command goes on with a run that was interrupted. `accelerate launch -m adapt_pruner
+    accel ...` spreads it over GPUs.
+
+    \b
+    adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
+    adapt-pruner accel demo -o small --sparsity 0.4 --tokens 400K --data pydocs --phases 8
+    """
+    from ..recovery.request import AccelRequest
+    from ..run import default_calibration
+    from . import console
+
+    said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
+    said_of_run = {key: said.get(key) for key in RECIPE_KEYS}
+    own = {key: options.pop(key) for key in RECIPE_KEYS if key not in ("model", "preset")}
+    preset = options.pop("preset")
+    how = {
+        name: options.pop(name)
+        for name in (
+            "overwrite", "stop_after", "max_hours", "max_loss", "save_steps", "keep_checkpoint",
+            "data_cache",
+        )
+    }  # fmt: skip
+    trackers = tuple(name.strip() for name in options.pop("report_to").split(",") if name.strip())
+    gpus, gpu_tflops = options.pop("gpus"), options.pop("gpu_tflops")
+    training = {name: options.pop(name) for name in RecoverySettings.model_fields}
+    values = own_values(own, said_of_run)
+    model = model or said.get("model")
+    if not model:
+        raise click.UsageError("Name a MODEL: a directory, or a model on the hub.")
+    if output is None and not dry_run:
+        raise click.UsageError("Name the directory of the run: -o DIR.")
+    for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
+        if values[name] is None:
+            raise click.UsageError(f"Say --{name}, such as --{name} {example}.")
+    from_recipe = {k: v for k, v in said.items() if k in RecoverySettings.model_fields}
+    given = {k: v for k, v in training.items() if v is not None}
+    flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
+    request = AccelRequest(
+        model=model,
+        settings=resolve_settings(preset, default_calibration(model), said, options),
+        recovery=make_recovery_settings(**{**from_recipe, **given}),
+        report_to=trackers,
+        **values,
+        **flags,
+        **how,
+    )
+    console.hush_libraries()
+    if dry_run:
+        from ..recovery.plan import plan_accel
+
+        console.show_accel_plan(plan_accel(request, gpus, gpu_tflops))
+        return
+    from ..recovery.accel import run_accel
+
+    assert output is not None
+    with console.TrainingProgress(quiet) as progress:
+        outcome = run_accel(request, output, progress)
+    if not progress.is_shown:
+        return
+    if outcome.result is None:
+        console.out.print(outcome.stopped, soft_wrap=True)
+    else:
+        console.show_result(outcome.result)
+        console.out.print(f"written to {output}")

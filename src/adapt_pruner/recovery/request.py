@@ -1,0 +1,96 @@
+"""What is asked of a run of Adapt-Accel, and what is heard of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..api import Listener, PruningResult
+from ..errors import InvalidSettings
+from ..settings import PruneSettings
+from .schedule import Phase
+from .settings import RecoverySettings
+
+
+@dataclass(frozen=True)
+class AccelRequest:
+    """What the user asks for: the run itself, and below how far to go and what to leave."""
+
+    model: str
+    data: str
+    tokens: int
+    settings: PruneSettings
+    recovery: RecoverySettings
+    sparsity: float | None = None
+    params: int | None = None
+    teacher: str | None = None
+    evaluate: str | None = None
+    portable: bool = False
+    trust_remote_code: bool = False
+
+    overwrite: bool = False
+    stop_after: int | None = None
+    """Phases after which to stop; the same request without it goes on."""
+    max_hours: float | None = None
+    max_loss: float | None = None
+    """Stop when the loss on the evaluation text is above it at the end of a phase, in nats."""
+    save_steps: int = 500
+    keep_checkpoint: bool = False
+    report_to: tuple[str, ...] = ()
+    data_cache: Path | None = None
+
+    def recipe(self) -> dict[str, Any]:
+        """All that determines the result, so that the run can be repeated."""
+        own = {name: getattr(self, name) for name in _RECIPE_NAMES}
+        said = {name: value for name, value in own.items() if value not in (None, False)}
+        return {
+            **said,
+            **self.settings.model_dump(mode="json"),
+            **self.recovery.model_dump(mode="json"),
+        }
+
+
+_RECIPE_NAMES = (
+    "model", "data", "tokens", "sparsity", "params", "teacher", "evaluate", "portable",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+@dataclass
+class AccelOutcome:
+    """How a run ended."""
+
+    result: PruningResult | None
+    """None if it stopped early; its state is on disk."""
+    stopped: str = ""
+    """Why, as a sentence."""
+
+
+class AccelListener:
+    """What happens during a run, for progress displays. All methods do nothing by default."""
+
+    pruning: Listener = Listener()
+
+    def on_prepare(self, what: str) -> None: ...
+    def on_phase(self, phase: Phase, phases: tuple[Phase, ...]) -> None: ...
+    def on_step(self, record: dict[str, Any], total_tokens: int) -> None: ...
+    def on_phase_end(self, record: dict[str, Any]) -> None: ...
+
+
+def check_together(request: AccelRequest) -> None:
+    """Raise InvalidSettings for what cannot be asked for together."""
+    recovery, settings = request.recovery, request.settings
+    if settings.device_map is not None:
+        raise InvalidSettings(
+            "device_map: training spreads over devices by `accelerate launch` (--sharding "
+            f"fsdp2); got device_map {settings.device_map}."
+        )
+    if request.max_loss is not None and not request.evaluate:
+        raise InvalidSettings("max_loss: needs a text to measure on; give --evaluate TEXT.")
+    if request.teacher and not recovery.alpha:
+        raise InvalidSettings(
+            f"teacher: '{request.teacher}' would not be used with alpha 0; give --alpha 0.5, say."
+        )
+    if recovery.lora_rank and recovery.sharding == "fsdp2":
+        raise InvalidSettings("lora_rank: works with --sharding ddp; got fsdp2.")
