@@ -52,9 +52,7 @@ RECIPE_KEYS = {
 )  # fmt: skip
 @click.option("--keep-checkpoint", is_flag=True, help="Keep moments and state at the end.")
 @click.option("--report-to", default="", help="Trackers: tensorboard, trackio, wandb, with commas.")
-@click.option(
-    "--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go."
-)
+@click.option("--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go.")
 @click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map).")
 @click.option("--overwrite", is_flag=True, help="Begin anew where another run has been.")
 @click.option("--dry-run", is_flag=True, help="Print the plan of all phases; load no weights.")

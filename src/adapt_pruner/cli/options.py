@@ -55,15 +55,15 @@ class Integers(click.ParamType):
             self.fail(f"expected integers such as 0,1,-1; got '{value}'.", param, ctx)
 
 
-def options_of(settings: type[BaseModel]) -> Callable[[Callable], Callable]:
-    """Decorate a command with an option for every field of `settings`. Unset ones are None."""
+def options_of(settings: type[BaseModel]) -> Callable:
+    """A decorator that adds an option for every field of `settings`. Unset options are None."""
 
-    def decorate(command: Callable) -> Callable:
+    def add(command: Callable) -> Callable:
         for name, info in reversed(settings.model_fields.items()):
             command = _option(name, info)(command)
         return command
 
-    return decorate
+    return add
 
 
 settings_options = options_of(PruneSettings)
@@ -102,8 +102,11 @@ def _without_none(annotation: Any) -> Any:
 _KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def read_recipe(file: Path, own: dict[str, tuple[type, ...]]) -> dict[str, Any]:
-    """Read a recipe: a YAML mapping of settings, and of the keys in `own`, with their types.
+def read_recipe(
+    file: Path, own: dict[str, tuple[type, ...]], *more: type[BaseModel]
+) -> dict[str, Any]:
+    """Read a recipe: a YAML mapping of `PruneSettings`, `more` settings, and the keys in `own` with
+    their types.
 
     Raises:
         InvalidSettings: naming the file and what is wrong in it.
@@ -123,7 +126,7 @@ def read_recipe(file: Path, own: dict[str, tuple[type, ...]]) -> dict[str, Any]:
         raise InvalidSettings(
             f"Recipe '{file}' must be a mapping such as `sparsity: 0.2`; got {recipe!r}."
         )
-    known = {*PruneSettings.model_fields, *own}
+    known = {*own}.union(*(model.model_fields for model in (PruneSettings, *more)))
     for key, value in recipe.items():
         if key not in known:
             raise InvalidSettings(
@@ -133,6 +136,25 @@ def read_recipe(file: Path, own: dict[str, tuple[type, ...]]) -> dict[str, Any]:
             kinds = " or ".join(_KINDS[kind] for kind in own[key])
             raise InvalidSettings(f"Recipe '{file}': {key} must be {kinds}; got {value!r}.")
     return recipe
+
+
+def own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Values that are not settings, from flags or else the recipe; targets and counts as numbers.
+
+    A target given as a flag replaces one of either kind in the recipe.
+    """
+    values = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
+    if flags["sparsity"] is not None:
+        values["params"] = flags["params"]
+    elif flags["params"] is not None:
+        values["sparsity"] = None
+    for name in ("params", "tokens"):
+        if values.get(name) is not None:
+            try:
+                values[name] = Count().convert(values[name], None, None)
+            except click.BadParameter as error:
+                raise InvalidSettings(f"{name}: {error.message}") from None
+    return values
 
 
 def resolve_settings(

@@ -10,6 +10,7 @@ import torch
 
 from ..api import PruningResult
 from ..checkpoint import save_result
+from ..report import write_page
 from ..run import store_as
 from .request import AccelRequest
 from .state import RunDirectory
@@ -33,6 +34,7 @@ def write_result(
     name = directory.resolve().name
     save_result(result, whole, request.portable, True, request.recipe(), name)
     _move_all(whole, directory)
+    write_page(directory)  # again: the training log is here
     if not request.keep_checkpoint:
         place.discard_checkpoints()
 

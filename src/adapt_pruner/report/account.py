@@ -74,14 +74,22 @@ def _hub_name(source: str) -> str | None:
 def write_account(directory: Path, name: str, result: PruningResult) -> None:
     """Write run.json, README.md, report.html and pictures/ beside the other files of a run."""
     from ..checkpoint import write_json
-    from .page import render
     from .record import RUN_FILE, read_run
 
     write_json(directory / RUN_FILE, run_record(result))
     drawn = pictures.draw_all(directory / "pictures", result)
     run = read_run(directory, name)
     (directory / "README.md").write_text(model_card(run, drawn), encoding="utf-8")
-    (directory / REPORT_FILE).write_text(render([run]), encoding="utf-8")
+    write_page(directory, name)
+
+
+def write_page(directory: Path, name: str | None = None) -> None:
+    """Write report.html from what the directory of a run holds."""
+    from .page import render
+    from .record import read_run
+
+    page = render([read_run(directory, name)])
+    (directory / REPORT_FILE).write_text(page, encoding="utf-8")
 
 
 def model_card(run: Run, drawn: Mapping[str, str]) -> str:

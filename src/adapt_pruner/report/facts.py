@@ -97,7 +97,8 @@ def _sentences(run: Run, source: str) -> list[str]:
     before, after = record.before, record.after
     if not record.steps:
         return [f"{source} already had the size asked for; nothing was cut."]
-    trained = f"{short(run.training[-1].tokens)} tokens of" if run.training else "no"
+    tokens = run.training[-1].tokens if run.training else record.training and record.training.tokens
+    trained = f"{short(tokens)} tokens of" if tokens else "no"
     steps = f"{len(record.steps)} step{'s' * (len(record.steps) != 1)}"
     first = (
         f"{source} was cut from {before.total:,} to {after.total:,} parameters: "

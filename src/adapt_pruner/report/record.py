@@ -19,6 +19,12 @@ Widths = list[dict[str, int]]
 T = TypeVar("T")
 
 
+class Recovery(BaseModel):
+    """What run.json says of recovery training."""
+
+    tokens: int
+
+
 class RunRecord(BaseModel):
     """The content of run.json."""
 
@@ -38,6 +44,7 @@ class RunRecord(BaseModel):
     seconds: float
     measurements: dict[str, dict[Literal["before", "after"], float]] = {}
     protocol: dict[str, Any] = {}
+    training: Recovery | None = None
     versions: dict[str, str] = {}
 
 
