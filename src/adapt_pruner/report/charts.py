@@ -188,7 +188,8 @@ def line(
     reverse: bool = False,
 ) -> Markup:
     """A curve. `marks` are vertical lines with a label; `reverse` lets x fall to the right."""
-    low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
+    low_x = min(x for x, _ in [*points, *marks])
+    high_x = max(x for x, _ in points)
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points), 4)
     first, last, plot, top = y_ticks[0], y_ticks[-1], 190, 26 if marks else 10
     chart = Chart(
