@@ -143,7 +143,7 @@ class TestFacts:
         run = read_run(pruned)
         groups = sum(widths["num_key_value_heads"] for widths in run.record.widths_after)
         (row,) = [row for row in facts_of(run).rows if row.name == "KV cache per token"]
-        assert row.after == f"{2 * groups * run.config['head_dim'] * 4} bytes"
+        assert row.after == f"{2 * groups * run.config['head_dim'] * 4} B"
 
     def test_card_has_the_same_facts_and_metrics(self, pruned):
         card = (pruned / "README.md").read_text()

@@ -278,12 +278,16 @@ def resolve_target(anatomy: Anatomy, sparsity: float | None, params: int | None)
     return params
 
 
+def smallest_size(anatomy: Anatomy, limits: Limits) -> int:
+    """Parameters of the whole model with every layer at its smallest width."""
+    zeros = {group.key: torch.zeros(group.num_units) for group in anatomy.groups}
+    chains = build_chains(anatomy.groups, zeros, limits)
+    return anatomy.total_parameters - removable_parameters(chains)
+
+
 def check_reachable(anatomy: Anatomy, target: int, limits: Limits) -> None:
     """Raise InvalidTarget if cutting all that may be cut does not reach `target` parameters."""
-    zeros = {group.key: torch.zeros(group.num_units) for group in anatomy.groups}
-    smallest = anatomy.total_parameters - removable_parameters(
-        build_chains(anatomy.groups, zeros, limits)
-    )
+    smallest = smallest_size(anatomy, limits)
     if target < smallest:
         sparsity = (anatomy.total_parameters - smallest) / anatomy.layer_parameters
         raise InvalidTarget(

@@ -205,12 +205,7 @@ def prune(
 def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationData:
     if tokenizer is None:
         raise InvalidSettings("Calibration text needs the model's tokenizer; got None.")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and settings.window_length > longest:
-        raise InvalidSettings(
-            f"window_length: the model reads at most {longest} tokens; "
-            f"got {settings.window_length}."
-        )
+    check_window_length(model.config, settings)
     return load_calibration(
         settings.calibration,
         tokenizer,
@@ -222,6 +217,16 @@ def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationD
         redraw=settings.redraw,
         vocab_size=model.get_input_embeddings().weight.shape[0],
     )
+
+
+def check_window_length(config: Any, settings: PruneSettings) -> None:
+    """Raise InvalidSettings if calibration windows are longer than the model reads."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and settings.window_length > longest:
+        raise InvalidSettings(
+            f"window_length: the model reads at most {longest} tokens; "
+            f"got {settings.window_length}."
+        )
 
 
 def previous_record(model: Any) -> dict[str, Any] | None:

@@ -35,16 +35,16 @@ def change(old: float, new: float) -> str:
     return f"{(new - old) / old:+.1%}".replace("-", "−")
 
 
-def amount(num_bytes: float) -> str:
-    """A number of bytes in decimal units.
+def in_bytes(count: float) -> str:
+    """Bytes as people write them: 1.82 GB.
 
-    >>> amount(1040128)
-    '1.04 MB'
+    >>> in_bytes(3643776)
+    '3.644 MB'
     """
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
-    return f"{num_bytes:.0f} bytes"
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:.0f} B"
 
 
 def duration(seconds: float) -> str:

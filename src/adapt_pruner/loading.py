@@ -139,6 +139,13 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def describe_device(device: torch.device) -> str:
+    """What to call a device when stating what was measured on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def check_causal(config: Any) -> None:
     """Raise UnsupportedModel unless the configuration is of a causal language model."""
     classes = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

@@ -3,7 +3,7 @@ nowhere else: the command line, recipe files and the documentation take them fro
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from .statistics import Distance
 
 ImportanceName = Literal[tuple(IMPORTANCES)]  # pyright: ignore[reportInvalidTypeForm]
 Preset = Literal["best", "paper"]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class PruneSettings(BaseModel):
@@ -111,6 +112,15 @@ class PruneSettings(BaseModel):
     ] = False
 
 
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "float64"],
+    Field(description="Precision to load in; auto: as stored."),
+]
+Device = Annotated[
+    str, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
+]
+
+
 class EvaluationSettings(BaseModel):
     """How a model is measured. Everything here goes into the key under which results are kept."""
 
@@ -152,13 +162,8 @@ class EvaluationSettings(BaseModel):
         int | None,
         Field(ge=0, description="Seed of all that is random; default: lm-eval's 0,1234,1234,1234."),
     ] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16", "float64"],
-        Field(description="Precision to load in; auto: as stored."),
-    ] = "auto"
-    device: Annotated[
-        str, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
-    ] = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
     device_map: Annotated[
         str | None,
         Field(description="Spread the model over devices, as in transformers: auto, balanced."),
@@ -169,6 +174,21 @@ class EvaluationSettings(BaseModel):
         if self.stride and self.window and self.stride > self.window:
             raise ValueError(f"stride must be at most the window of {self.window} tokens")
         return self
+
+
+class BenchSettings(BaseModel):
+    """How the cost of models is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_tokens: Annotated[
+        int, Field(ge=1, description="Tokens read; fewer where a model's context is too short.")
+    ] = 256
+    new_tokens: Annotated[int, Field(ge=1, description="Tokens written after them.")] = 32
+    batch_size: Annotated[int, Field(ge=1, description="Sequences at once.")] = 1
+    repetitions: Annotated[int, Field(ge=1, description="Rounds, in which models take turns.")] = 7
+    dtype: Dtype = "auto"
+    device: Device = "auto"
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -197,18 +217,24 @@ def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
             f"There is no preset '{preset}'.{near_match(preset, PRESETS)} "
             f"Known: {', '.join(PRESETS)}."
         )
-    try:
-        return PruneSettings(**{**PRESETS[preset], **values})
-    except ValidationError as error:
-        raise InvalidSettings(explain(error, PruneSettings)) from None
+    return _make(PruneSettings, {**PRESETS[preset], **values})
 
 
 def make_evaluation_settings(**values: Any) -> EvaluationSettings:
     """Build settings of an evaluation from single values. Raises as `make_settings`."""
+    return _make(EvaluationSettings, values)
+
+
+def make_bench_settings(**values: Any) -> BenchSettings:
+    """Build settings of `adapt-pruner bench` from single values. Raises as `make_settings`."""
+    return _make(BenchSettings, values)
+
+
+def _make(settings: type[Settings], values: dict[str, Any]) -> Settings:
     try:
-        return EvaluationSettings(**values)
+        return settings(**values)
     except ValidationError as error:
-        raise InvalidSettings(explain(error, EvaluationSettings)) from None
+        raise InvalidSettings(explain(error, settings)) from None
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from ..api import Listener
 from ..evaluation import EvaluationListener
+from ..formats import in_bytes as in_bytes
 from ..formats import short as short
 
 if TYPE_CHECKING:

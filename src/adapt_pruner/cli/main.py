@@ -19,6 +19,9 @@ class Program(click.Group):
         "prune": "prune",
         "accel": "accel",
         "evaluate": "evaluate",
+        "bench": "bench",
+        "inspect": "inspect",
+        "compare": "compare",
         "report": "report",
         "demo": "demo",
     }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 
 from .. import __version__
 from ..errors import UnsupportedModel
@@ -37,6 +38,7 @@ def of_model(model: Any, tokenizer: Any) -> dict[str, Any]:
     return {
         "weights": _of_tensors(_tensors_of(model)),
         **_of_config(model.config),
+        "generation": _of_generation(model.generation_config),
         "tokenizer": of_tokenizer(tokenizer),
     }
 
@@ -60,6 +62,7 @@ def of_name(name: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[
     return {
         "weights": weights,
         **_of_config(config),
+        "generation": _of_generation(_generation_config(directory, config)),
         "tokenizer": of_tokenizer(tokenizer),
         **({"code": code} if code and trust_remote_code else {}),
     }
@@ -99,6 +102,19 @@ def _of_config(config: Any) -> dict[str, Any]:
         "config": digest(json.loads(json.dumps(values, default=str))),
         **({"attention": attention} if attention not in (None, "sdpa") else {}),
     }
+
+
+def _generation_config(directory: Path, config: Any) -> GenerationConfig:
+    if not (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    with reading(str(directory), "generation configuration"):
+        return GenerationConfig.from_pretrained(directory)
+
+
+def _of_generation(config: GenerationConfig | None) -> str:
+    values = config.to_diff_dict() if config else {}
+    passing = ("transformers_version", "_from_model_config")
+    return digest({k: v for k, v in values.items() if k not in passing})
 
 
 def _tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.evaluator_utils import get_sample_size
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
@@ -212,7 +212,10 @@ def _limit(task: Any, settings: EvaluationSettings) -> int | None:
     return int(size) if size else None
 
 
-class Harnessed(HFLM):
+_HFLM: Any = huggingface.HFLM
+
+
+class Harnessed(_HFLM):
     """lm-eval's Hugging Face model, without its own progress bars, and with a watchful eye."""
 
     on_progress: Callable[[int, int | None], None] = staticmethod(lambda done, total: None)
@@ -259,6 +262,12 @@ class Harnessed(HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["disable_tqdm"] = True
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise EvaluationError(
+                f"An answer of this task has {longest} tokens, and the model reads at most "
+                f"{self.max_length}; lm-eval cannot score it. Measure other tasks, or fewer items."
+            )
         found = super()._loglikelihood_tokens(requests, *args, **kwargs)
         if any(math.isnan(value) for value, _ in found):
             raise NonFiniteError("The model puts out NaN. Try --dtype float32.")

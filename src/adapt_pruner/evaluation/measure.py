@@ -10,11 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..data.calibration import EMBEDDED
 from ..errors import EvaluationError, InvalidSettings, MissingExtra, WritingError
-from ..loading import check_causal, load_config, load_model, load_tokenizer, resolve_device
+from ..loading import (
+    check_causal,
+    describe_device,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
 from ..settings import EvaluationSettings, make_evaluation_settings
 from . import fingerprint
 from .perplexity import evaluation_texts, perplexity
@@ -98,8 +103,8 @@ def evaluate(
     stays the same.
 
     Args:
-        model: a causal language model of transformers with its `tokenizer`; or a name on the hub, a
-            directory, or "demo".
+        model: a causal language model of transformers with its `tokenizer`, measured as it is; or a
+            name on the hub, a directory, or "demo", loaded as `settings` say.
         suite: one or more of `suites.SUITES`.
         tasks: names of lm-eval's tasks, groups or tags; a string may hold several, with commas.
         task_data: directories with the tasks' data, see `task_data`; default: from the hub.
@@ -128,10 +133,19 @@ def evaluate(
         raise InvalidSettings(
             f"num_fewshot applies to tasks, and suites have their own; got {settings.num_fewshot}."
         )
-    subject = Subject(model, tokenizer, settings, trust_remote_code)
+    subject = (
+        model
+        if isinstance(model, Subject)
+        else Subject(model, tokenizer, settings, trust_remote_code)
+    )
     run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
-    scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
-    scores += [score for source in texts for score in run.text(source)]
+    training = getattr(model, "training", False)
+    try:
+        scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
+        scores += [score for source in texts for score in run.text(source)]
+    finally:
+        if training:  # lm-eval leaves it in evaluation mode
+            model.train()
     return Evaluation(
         subject.name,
         run.records[0].result["parameters"],
@@ -149,26 +163,23 @@ class Subject:
         self, model: Any, tokenizer: Any, settings: EvaluationSettings, trust_remote_code: bool
     ):
         self.settings, self.trust_remote_code = settings, trust_remote_code
-        self._model = None if isinstance(model, (str, os.PathLike)) else model
-        self.name = (
-            os.fspath(model)
-            if self._model is None
-            else getattr(model.config, "_name_or_path", "") or type(model).__name__
-        )
-        self.config = (
-            load_config(self.name, trust_remote_code) if self._model is None else model.config
-        )
+        self._model: Any = None
+        if isinstance(model, (str, os.PathLike)):
+            self.name = os.fspath(model)
+            self.config = load_config(self.name, trust_remote_code)
+        else:
+            self._model, self.config = model, model.config
+            self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         check_causal(self.config)
         if tokenizer is None and self._model is not None:
             raise InvalidSettings("A model in memory needs its tokenizer; got None.")
-        self.tokenizer = tokenizer or load_tokenizer(self.name, trust_remote_code)
-        self.device = (
-            str(self._model.device)
-            if self._model is not None
-            else resolve_device(settings.device)
-            if settings.device_map is None
-            else settings.device_map
+        self.tokenizer = (
+            load_tokenizer(self.name, trust_remote_code) if tokenizer is None else tokenizer
         )
+        if self._model is not None:
+            self.device = str(self._model.device)
+        else:
+            self.device = settings.device_map or resolve_device(settings.device)
         self._key: dict[str, Any] | None = None
 
     @property
@@ -341,7 +352,7 @@ class _Run:
             model = self.subject.model
             result |= {
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "device": _describe(model.device),
+                "device": describe_device(model.device),
                 "seconds": time.perf_counter() - began,
             }
             try:
@@ -414,10 +425,6 @@ def _average(label: str, scores: Sequence[Score]) -> Score:
     error = _mean_error([score.stderr for score in scores])
     samples = sum(score.num_samples for score in scores)
     return Score(label, "mean", value, error, None, samples, True)
-
-
-def _describe(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _listed(value: Any) -> list[Any]:

@@ -8,59 +8,100 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the repetitions, at batch size 1."""
+    """Medians over the repetitions."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     prompt_tokens: int
     new_tokens: int
+    batch_size: int = 1
+    time_to_first_token_s: float = 0.0
+    prefill_speedup: float = 1.0
+    """Over the first model: median over the rounds, in each of which every model takes its turn."""
+    decode_speedup: float = 1.0
 
 
 @torch.no_grad()
 def compare_speed(
-    models: list[Any], prompt_tokens: int = 256, new_tokens: int = 32, repetitions: int = 7
+    models: list[Any],
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    repetitions: int = 7,
+    batch_size: int = 1,
 ) -> list[Speed]:
     """Time all models in turns, so that a machine whose speed drifts treats them alike.
 
     The prompt is random; decoding continues from its cache, greedily, and never stops early.
     """
-    longest = min(
-        getattr(model.config, "max_position_embeddings", None) or 10**9 for model in models
-    )
-    prompt_tokens = max(1, min(prompt_tokens, longest - new_tokens))
+    prompt_tokens = fitting_prompt(models, prompt_tokens, new_tokens)
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for repetition in range(repetitions + 1):
         for model, record in zip(models, times, strict=True):
-            measured = _time_once(model, prompt_tokens, new_tokens)
+            measured = _time_once(
+                model, random_prompt(model, prompt_tokens, batch_size), new_tokens
+            )
             if repetition:  # the first is a warm-up
                 record.append(measured)
-    return [
-        Speed(
-            prompt_tokens / statistics.median(prefill for prefill, _ in record),
-            new_tokens / statistics.median(decode for _, decode in record),
-            prompt_tokens,
-            new_tokens,
-        )
-        for record in times
-    ]
+    return [_speed(record, times[0], prompt_tokens, new_tokens, batch_size) for record in times]
 
 
-def _time_once(model: Any, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def _speed(
+    record: list[tuple[float, float]],
+    first: list[tuple[float, float]],
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_size: int,
+) -> Speed:
+    prefill, decode = (statistics.median(times) for times in zip(*record, strict=True))
+    rounds = list(zip(first, record, strict=True))
+    return Speed(
+        batch_size * prompt_tokens / prefill,
+        batch_size * new_tokens / decode,
+        prompt_tokens,
+        new_tokens,
+        batch_size,
+        prefill,
+        statistics.median(old[0] / new[0] for old, new in rounds),
+        statistics.median(old[1] / new[1] for old, new in rounds),
+    )
+
+
+def fitting_prompt(models: list[Any], prompt_tokens: int, new_tokens: int) -> int:
+    """The longest prompt up to `prompt_tokens` from which every model can still write."""
+    longest = min(
+        getattr(model.config, "max_position_embeddings", None) or 10**9 for model in models
+    )
+    return max(1, min(prompt_tokens, longest - new_tokens))
+
+
+def random_prompt(model: Any, num_tokens: int, batch_size: int = 1) -> Tensor:
+    """(B, T) token ids on the model's device."""
+    embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(device)
-    began = _now(device)
+    ids = torch.randint(embeddings.shape[0], (batch_size, num_tokens), generator=generator)
+    return ids.to(embeddings.device)
+
+
+def generate(model: Any, ids: Tensor, new_tokens: int, on_first: Any = lambda: None) -> Any:
+    """Read a prompt, then write greedily. Returns the cache."""
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    middle = _now(device)
+    token = output.logits[:, -1:].argmax(dim=-1)
+    on_first()
     for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(dim=-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    return middle - began, _now(device) - middle
+        token = output.logits[:, -1:].argmax(dim=-1)
+    return output.past_key_values
+
+
+def _time_once(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    times = [_now(ids.device)]
+    generate(model, ids, new_tokens, lambda: times.append(_now(ids.device)))
+    return times[1] - times[0], _now(ids.device) - times[1]
 
 
 def _now(device: torch.device) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..formats import amount, change, duration, figure, short
+from ..formats import change, duration, figure, in_bytes, short
 from .record import Run
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -129,10 +129,10 @@ def _size_rows(run: Run) -> list[Row]:
     ]
     dtype = str(run.config.get("dtype") or run.config.get("torch_dtype"))
     if size := BYTES.get(dtype):
-        rows.append(row("weights", before.total * size, after.total * size, amount, f"in {dtype}"))
+        rows.append(row("weights", before.total * size, after.total * size, in_bytes, f"in {dtype}"))
         old, new = (_kv_entries(run, widths) * size for widths in _both(run))
         if old:
-            rows.append(row("KV cache per token", old, new, amount, f"in {dtype}"))
+            rows.append(row("KV cache per token", old, new, in_bytes, f"in {dtype}"))
     return rows
 
 

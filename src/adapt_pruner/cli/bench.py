@@ -1,0 +1,129 @@
+"""`adapt-pruner bench`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..settings import BenchSettings, make_bench_settings
+from .options import options_of
+
+if TYPE_CHECKING:
+    from ..evaluation.bench import Cost
+
+
+@click.command("bench")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write all figures to FILE.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@options_of(BenchSettings)
+def command(
+    models: tuple[str, ...],
+    file: Path | None,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Measure what MODELs take: bytes, time and memory. Name the dense model first.
+
+    \b
+    adapt-pruner bench meta-llama/Llama-3.2-1B smaller
+    adapt-pruner bench demo demo-run --prompt-tokens 128 --new-tokens 64
+
+    All models are timed in turns in one run. Beside each measured speed-up over the first model
+    stands the ideal one: the ratio of operations for reading a prompt, of weight bytes for writing.
+    """
+    from ..evaluation.bench import compare_costs
+    from ..evaluation.fingerprint import versions
+    from ..files import check_file, write_json_atomically
+    from ..loading import check_causal, describe_device, load_config, load_model, resolve_device
+    from . import console
+
+    console.hush_libraries()
+    settings = make_bench_settings(**{k: v for k, v in options.items() if v is not None})
+    if file is not None:
+        check_file(file)
+    for name in models:  # before the first is loaded
+        check_causal(load_config(name, trust_remote_code))
+    dtype = "stored" if settings.dtype == "auto" else settings.dtype
+    device = resolve_device(settings.device)
+    loaded = [
+        load_model(name, dtype, device, None, trust_remote_code, prunable=False) for name in models
+    ]
+    costs = compare_costs(
+        loaded,
+        settings.prompt_tokens,
+        settings.new_tokens,
+        settings.repetitions,
+        settings.batch_size,
+    )
+    where = describe_device(loaded[0].device)
+    dtypes = [str(model.dtype).removeprefix("torch.") for model in loaded]
+    if file is not None:
+        content = {
+            "format": 1,
+            "device": where,
+            "settings": settings.model_dump(mode="json"),
+            "versions": versions(),
+            "models": [
+                {"model": name, "dtype": kind, **cost.as_dict()}
+                for name, kind, cost in zip(models, dtypes, costs, strict=True)
+            ],
+        }
+        write_json_atomically(file, content)
+    show(models, costs)
+    speed = costs[0].speed
+    console.out.print(
+        f"{', '.join(sorted(set(dtypes)))}; {where}; batch {speed.batch_size}, prompt of "
+        f"{speed.prompt_tokens} tokens, {speed.new_tokens} new ones; medians of "
+        f"{settings.repetitions} rounds in turns",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def show(models: tuple[str, ...], costs: list[Cost]) -> None:
+    """A column per model, and after each but the first what it gains over that."""
+    from rich.table import Table
+
+    from . import console
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for number, name in enumerate(models):
+        table.add_column(Path(name).name, justify="right", overflow="fold")
+        if number:
+            table.add_column("gain", justify="right")
+            table.add_column("ideal", justify="right")
+    first = costs[0]
+
+    def row(label: str, show: Any, value: Any, gain: Any, ideal: Any = lambda cost: None) -> None:
+        cells = [show(value(first))]
+        for cost in costs[1:]:
+            cells += [show(value(cost)), _times(gain(cost)), _times(ideal(cost))]
+        table.add_row(label, *cells)
+
+    def size(label: str, value: Any) -> None:
+        row(label, console.in_bytes, value, lambda cost: value(first) / value(cost))
+
+    row("parameters", "{:,}".format, lambda c: c.parameters,
+        lambda c: first.parameters / c.parameters)  # fmt: skip
+    size("weights", lambda c: c.weight_bytes)
+    size("KV cache per token", lambda c: c.kv_bytes_per_token)
+    size("peak memory", lambda c: c.peak_bytes)
+    row("time to first token", _milliseconds, lambda c: c.speed.time_to_first_token_s,
+        lambda c: c.speed.prefill_speedup, lambda c: c.ideal_prefill_speedup)  # fmt: skip
+    row("prefill, tokens/s", "{:,.0f}".format, lambda c: c.speed.prefill_tokens_per_s,
+        lambda c: c.speed.prefill_speedup, lambda c: c.ideal_prefill_speedup)  # fmt: skip
+    row("decode, tokens/s", "{:,.0f}".format, lambda c: c.speed.decode_tokens_per_s,
+        lambda c: c.speed.decode_speedup, lambda c: c.ideal_decode_speedup)  # fmt: skip
+    console.out.print(table)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f} ms"

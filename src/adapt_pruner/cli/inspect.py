@@ -1,0 +1,108 @@
+"""`adapt-pruner inspect`"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection
+
+KINDS = {"attention": "KV groups", "mlp": "neurons"}
+
+
+@click.command("inspect")
+@click.argument("model")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Write all of it to FILE.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def command(model: str, file: Path | None, trust_remote_code: bool) -> None:
+    """Show what MODEL consists of and what each target would mean. Loads no weights.
+
+    \b
+    adapt-pruner inspect meta-llama/Llama-3.2-1B
+    """
+    from ..files import check_file, write_json_atomically
+    from ..inspection import inspect_model
+    from ..loading import empty_model
+    from . import console
+
+    console.hush_libraries()
+    if file is not None:
+        check_file(file)
+    found = inspect_model(empty_model(model, trust_remote_code))
+    if file is not None:
+        write_json_atomically(file, {"format": 1, "model": model, **found.as_dict()})
+    show(model, found)
+
+
+def show(name: str, found: Inspection) -> None:
+    """Four small tables: parameters by part, layers, units, targets."""
+    from rich.table import Table
+
+    from . import console
+
+    out = console.out
+    size = _element_size(found.dtype)
+    out.print(
+        f"[bold]{Path(name).name}[/]: {found.model_type}, {len(found.widths)} decoder layers, "
+        f"hidden size {found.hidden_size:,}, vocabulary {found.vocabulary:,}, "
+        f"context {found.context or 'not stated'}; stored as {found.dtype}\n",
+        soft_wrap=True,
+    )
+
+    def table(*columns: str) -> Table:
+        made = Table(box=None, pad_edge=False)
+        for number, column in enumerate(columns):
+            made.add_column(column, justify="right" if number else "left")
+        return made
+
+    parts = table("part", "parameters", "share", "bytes")
+    for part, count in [*found.budget.items(), ("all", found.total)]:
+        of = " and head (shared)" if part == "embeddings" and found.is_tied else ""
+        share = f"{count / found.total:.2%}"
+        parts.add_row(part + of, f"{count:,}", share, console.in_bytes(count * size))
+    out.print(parts)
+    if found.kv_entries_per_token is not None:
+        out.print(f"KV cache: {console.in_bytes(found.kv_entries_per_token * size)} per token")
+    out.print()
+
+    names = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads",
+             "intermediate_size": "MLP width"}  # fmt: skip
+    shown = [name for name in names if any(name in widths for widths in found.widths)]
+    layers = table("decoder layers", *(names[name] for name in shown))
+    for widths, run in groupby(enumerate(found.widths), key=lambda pair: pair[1]):
+        numbers = [number for number, _ in run]
+        which = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        layers.add_row(which, *(f"{widths[n]:,}" if n in widths else "–" for n in shown))
+    out.print(layers)
+
+    units = table("\nunits that can go", "\nnumber", "parameters\nof one")
+    for kind in found.units:
+        costs = sorted({kind.smallest_cost, kind.largest_cost})
+        cost = " to ".join(f"{cost:,}" for cost in costs)
+        units.add_row(KINDS[kind.kind], f"{kind.total:,}", cost)
+    out.print(units)
+
+    targets = table("\ntarget", "\nparameters", "\nof all", "\nbytes")
+    for target in found.targets:
+        cells = [f"{target.parameters:,}", f"{target.parameters / found.total:.1%}",
+                 console.in_bytes(target.parameters * size)]  # fmt: skip
+        impossible = ["not possible", "", ""]
+        targets.add_row(
+            f"--sparsity {target.sparsity:g}", *(cells if target.is_possible else impossible)
+        )
+    out.print(targets)
+    out.print(
+        f"smallest possible: {found.smallest:,} parameters (sparsity {found.largest_sparsity:.4f} "
+        f"of the {found.decoder_layers:,} in the decoder layers)",
+        soft_wrap=True,
+    )
+
+
+def _element_size(dtype: str) -> int:
+    import torch
+
+    return getattr(torch, dtype).itemsize
