@@ -139,7 +139,7 @@ def evaluate(
         else Subject(model, tokenizer, settings, trust_remote_code)
     )
     run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
-    training = getattr(model, "training", False)
+    training = not isinstance(model, Subject) and getattr(model, "training", False)
     try:
         scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
         scores += [score for source in texts for score in run.text(source)]

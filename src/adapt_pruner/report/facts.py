@@ -129,7 +129,9 @@ def _size_rows(run: Run) -> list[Row]:
     ]
     dtype = str(run.config.get("dtype") or run.config.get("torch_dtype"))
     if size := BYTES.get(dtype):
-        rows.append(row("weights", before.total * size, after.total * size, in_bytes, f"in {dtype}"))
+        rows.append(
+            row("weights", before.total * size, after.total * size, in_bytes, f"in {dtype}")
+        )
         old, new = (_kv_entries(run, widths) * size for widths in _both(run))
         if old:
             rows.append(row("KV cache per token", old, new, in_bytes, f"in {dtype}"))
