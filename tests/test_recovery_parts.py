@@ -64,7 +64,10 @@ def test_phases_use_every_step_and_end_at_the_target(count, extra, growth, befor
     assert phases[-1].parameters == target
     sizes = [before, *(phase.parameters for phase in phases)]
     assert sizes == sorted(sizes, reverse=True)
-    exact = {"linear": lambda j: j * (j + 1) / (count * (count + 1)), "constant": lambda j: j / count}
+    exact = {
+        "linear": lambda j: j * (j + 1) / (count * (count + 1)),
+        "constant": lambda j: j / count,
+    }
     if growth in exact and extra > 10 * count:
         for phase in phases:  # at most one step per phase was moved to give each its first
             assert abs(phase.end_step - exact[growth](phase.number) * total) <= count / 2 + 1
@@ -202,9 +205,7 @@ def test_objective_mixes_both_at_labelled_positions_alone():
 def test_gradient_of_stored_divergence_against_finite_differences():
     student = batch(seed=5)[0].flatten(0, 1)[:2].clone().requires_grad_()
     teaching = store_teaching(batch(seed=6)[0].flatten(0, 1)[:2], 4, 2.0)
-    teaching = Teaching(
-        teaching.logits_NK.double(), teaching.index_NK, teaching.log_total_N
-    )
+    teaching = Teaching(teaching.logits_NK.double(), teaching.index_NK, teaching.log_total_N)
     assert torch.autograd.gradcheck(
         lambda x: forward_kl(x, teaching, 2.0), (student,), atol=1e-5, eps=1e-5
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from ..plan import make_plan
 from ..run import store_as, stored_dtype
 from ..settings import EvaluationSettings, PruneSettings
 from .variants import Variant
+
+MEAN_OVER_TEXTS = "geometric mean"
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,9 @@ class _Runner:
         self._documents: tuple[Any, list[Tensor], str] | None = None
 
     def measure(self, model: Any) -> Evaluation:
+        """Measure a name, a model in memory, or a subject."""
         request = self.request
-        return evaluate(
+        found = evaluate(
             model,
             None if isinstance(model, (str, Subject)) else self.tokenizer,
             suite=request.suite,
@@ -171,6 +175,7 @@ class _Runner:
             store=self.store,
             trust_remote_code=request.trust_remote_code,
         )
+        return replace(found, scores=[*found.scores, *_mean_over_texts(found.scores)])
 
     def run(self, cell: Cell) -> CellResult:
         settings = cell.variant.settings.model_copy(update={"seed": cell.seed})
@@ -268,6 +273,16 @@ class _Runner:
             return None
         name = re.sub(r"[^\w.]+", "-", cell.variant.name)
         return self.request.save_to / f"{name}-{cell.sparsity:g}-seed{cell.seed}"
+
+
+def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:
+    """The geometric mean of the perplexities, where there are several texts."""
+    found = [score for score in scores if score.metric == "token_perplexity"]
+    if len(found) < 2:
+        return []
+    mean = statistics.geometric_mean(score.value for score in found)
+    tokens = sum(score.num_samples for score in found)
+    return [Score(MEAN_OVER_TEXTS, "token_perplexity", mean, None, None, tokens, False)]
 
 
 class _OtherWeights(Exception):

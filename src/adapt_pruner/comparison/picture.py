@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.pictures import figure_of
+from .grid import MEAN_OVER_TEXTS
 from .table import Metric, Tables
 from .variants import Variant
 
@@ -95,9 +96,10 @@ def pareto_front(
 
 
 def _headline(tables: Tables) -> list[Metric]:
-    """What to draw: averages of suites and texts, or else the first metrics."""
-    means = [m for m in tables.shown if m.metric == "mean" or not m.is_share]
-    return (means or tables.shown)[:MOST_PANELS]
+    """What to draw: means over suites and texts, or else the first metrics."""
+    means = [m for m in tables.shown if m.metric == "mean" or m.name == MEAN_OVER_TEXTS]
+    texts = [m for m in tables.shown if not m.is_share]
+    return (means or texts or tables.shown)[:MOST_PANELS]
 
 
 def _line(tables: Tables, variant: Variant, metric: Metric) -> list[tuple[float, float, float]]:
@@ -119,11 +121,14 @@ def _errorbar(axis: Any, line: list[tuple[float, float, float]], number: int, la
 
 
 def _label(axis: Any, metric: Metric) -> None:
+    from matplotlib.ticker import LogLocator
+
     better = "higher" if metric.higher_is_better else "lower"
     percent = ", %" if metric.is_share else ""
     axis.set_ylabel(f"{metric.label}{percent}\n({better} is better)", fontsize=9)
     if not metric.is_share:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:,.4g}")
         axis.yaxis.set_minor_formatter("")
 

@@ -223,15 +223,14 @@ class Tables:
     def notes(self) -> list[str]:
         """What the figures are, in sentences."""
         dense, request = self.comparison.dense, self.comparison.request
-        shares = any(metric.is_share for metric in self.shown)
-        spread = f"mean ± sample standard deviation over {self.num_seeds} seeds" * (
-            self.num_seeds > 1
-        )
         said = [
-            f"{_name(dense.model)}, {dense.parameters:,} parameters. Sparsity: share of the decoder "
-            f"layers' parameters removed. {spread.capitalize()}{'.' * bool(spread)}"
-            f"{' Accuracies in percent.' * shares}".strip()
+            f"{_name(dense.model)}, {dense.parameters:,} parameters. Sparsity is the share of the "
+            "decoder layers' parameters removed."
         ]
+        if self.num_seeds > 1:
+            said.append(f"Mean ± sample standard deviation over {self.num_seeds} seeds.")
+        if any(metric.is_share for metric in self.shown):
+            said.append("Accuracies in percent.")
         for record in dense.records:
             if record.key["kind"] == "text":
                 said.append(

@@ -133,13 +133,9 @@ def evaluate(
         raise InvalidSettings(
             f"num_fewshot applies to tasks, and suites have their own; got {settings.num_fewshot}."
         )
-    subject = (
-        model
-        if isinstance(model, Subject)
-        else Subject(model, tokenizer, settings, trust_remote_code)
-    )
+    subject = Subject.of(model, tokenizer, settings, trust_remote_code)
     run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
-    training = not isinstance(model, Subject) and getattr(model, "training", False)
+    training = getattr(model, "training", False)
     try:
         scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
         scores += [score for source in texts for score in run.text(source)]
@@ -181,6 +177,10 @@ class Subject:
         else:
             self.device = settings.device_map or resolve_device(settings.device)
         self._key: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: Any, *arguments: Any) -> Subject:
+        return model if isinstance(model, cls) else cls(model, *arguments)
 
     @property
     def model(self) -> Any:
