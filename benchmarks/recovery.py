@@ -27,7 +27,7 @@ from adapt_pruner.report.account import versions
 from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
-BASE = {"phases": 5, "sequence_length": 256, "batch_tokens": 4096, "weight_decay": 0.0}
+BASE = {"phases": 5, "sequence_length": 256, "batch_tokens": 2048, "weight_decay": 0.0}
 VARIANTS = {
     **{f"{n} phases" if n > 1 else "prune, then train": {"phases": n} for n in (1, 2, 5, 10, 20)},
     "moments reset": {"moments": "reset"},
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", default="pydocs", help="training and calibration text")
     parser.add_argument("--heldout", default="pydocs", help="text to measure on")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default=",".join(VARIANTS).replace(", ", "; "))

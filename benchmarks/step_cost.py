@@ -1,25 +1,35 @@
 """What one pruning step costs beside one forward and backward pass, in the same run.
 
-    python benchmarks/step_cost.py [--sizes 10M,100M,1B] [--device cpu] [--json FILE]
+    python benchmarks/step_cost.py [--sizes 10M,100M,1B] [--variants taylor,best] [--device cpu]
 
 Models have random weights. The unit of time is one forward and backward pass over the same
 calibration windows with only the decoder layers' matrices requiring gradients; passes and steps are
 timed in turns and compared by medians. A step is everything: the pass, scores, allocation, refit
-and cut (5 % of the decoder layers). Peak memory is that of a process of its own for each variant,
-beside a process that makes one such pass over one micro-batch, with and without weight gradients.
+and cut (5 % of the decoder layers). On the CPU seconds are those of the process, not of the clock,
+so that other work on the machine does not count; use OMP_NUM_THREADS=1, since idle threads spin.
+
+Memory is the weights and the most that tensors hold beside them at any one time, as PyTorch's
+allocator reports it; each variant runs in a process of its own. The yardstick is a forward and
+backward pass with and without weight gradients over two micro-batches: in the second one the
+gradients of the first are there, as they are in a step. `resident` is what the system saw. glibc
+keeps freed blocks of up to 32 MB for itself, which adds a quarter to steps and passes alike; for
+the measurement it is told to return them (MALLOC_MMAP_THRESHOLD_).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adapt_pruner.anatomy import find_anatomy
@@ -35,6 +45,12 @@ SHAPES = {  # hidden size, MLP width, layers, query heads, KV heads
     "1B": (2048, 5632, 20, 16, 8),
     "8B": (4096, 14336, 32, 32, 8),
 }
+AMOUNTS = {  # numbers of calibration windows, repeats
+    "10M": ((64, 128), 3),
+    "100M": ((32, 64), 1),
+    "1B": ((4, 8), 1),
+    "8B": ((256, 512), 3),
+}
 VOCABULARY = {"10M": 8192, "100M": 32000, "1B": 32000, "8B": 128256}
 VARIANTS = {
     "taylor": {"importance": "taylor", "compensation": "none"},
@@ -42,6 +58,7 @@ VARIANTS = {
     "best": {},
 }
 WINDOW = 64
+MICRO_BATCH = 2048 // WINDOW
 
 
 def build(size: str, device: str, dtype: torch.dtype):
@@ -86,118 +103,159 @@ def require_gradient(module, args) -> None:
     args[0].requires_grad_()
 
 
-def one_step(model, windows: int, variant: str) -> dict[str, float]:
-    """A step that cuts 5 % of the decoder layers; seconds of its two halves."""
+def one_step(model, windows: int, variant: str) -> float:
+    """Make a step that cuts 5 % of the decoder layers. Returns its pass's share of the time."""
     settings = make_settings(**VARIANTS[variant], steps=1, windows=windows, window_length=WINDOW)
     anatomy = find_anatomy(model)
     target = anatomy.total_parameters - anatomy.layer_parameters // 20
     (step,) = METHODS["adapt-pruner"](model, calibration_for(model, windows), target, settings)
-    return step.seconds
+    return step.seconds["collect"] / sum(step.seconds.values())
 
 
 def now(device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def time_size(size: str, windows: int, repeats: int, device: str, dtype: torch.dtype) -> dict:
+def time_size(size: str, windows: int, variants: list[str], device: str, dtype) -> dict:
     """Seconds of the yardstick and of a step of each variant, in turns."""
     passes: list[float] = []
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    for _ in range(repeats):
-        for name in VARIANTS:
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for _ in range(AMOUNTS[size][1]):
+        for name in variants:
             model = build(size, device, dtype)
+            parameters = find_anatomy(model).total_parameters
             only_matrices_require_gradients(model, weights=True)
             windows_BT = calibration_for(model, windows).draw()
             if not passes:
-                pass_over(model, windows_BT[:4], 4)  # warm-up
+                pass_over(model, windows_BT[:1], 1)  # warm-up
             began = now(device)
-            pass_over(model, windows_BT, 2048 // WINDOW)
-            passes.append(now(device) - began)
-            steps[name].append(one_step(model, windows, name))
-            parameters = find_anatomy(model).total_parameters
+            pass_over(model, windows_BT, MICRO_BATCH)
+            passed = now(device)
+            passes.append(passed - began)
+            share = one_step(model, windows, name)
+            steps[name].append((now(device) - passed, share))
             del model
     yardstick = statistics.median(passes)
-    record = {"size": size, "parameters_after": parameters, "tokens": windows * WINDOW,
-              "pass_s": yardstick, "variants": {}}  # fmt: skip
+    per = parameters * windows * WINDOW / 1e9
+    record = {"size": size, "parameters": parameters, "tokens": windows * WINDOW,
+              "pass_s": yardstick, "pass_ns_per_parameter_and_token": yardstick / per,
+              "variants": {}}  # fmt: skip
     for name, found in steps.items():
-        collect = statistics.median(s["collect"] for s in found)
-        total = statistics.median(s["collect"] + s["cut"] for s in found)
+        total = statistics.median(seconds for seconds, _ in found)
         record["variants"][name] = {
-            "collect_over_pass": collect / yardstick,
             "step_over_pass": total / yardstick,
+            "collect_over_pass": statistics.median(s * share for s, share in found) / yardstick,
+            "ns_per_parameter_and_token": total / per,
         }
     return record
 
 
-def peak_of(size: str, variant: str, device: str, dtype: str) -> int:
-    """Peak bytes of a fresh process that makes one step, or one pass."""
-    command = [sys.executable, __file__, "--measure", size, variant, device, dtype]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def print_time(records: list[dict], variants: list[str]) -> None:
+    """Ratios, and whether cost is linear: then time per parameter and token is the same."""
+    columns = ["pass", *variants]
+    print("| size | tokens |", *(f"{v} / pass |" for v in variants), end=" ")
+    print(*(f"{c}, ns per parameter and token |" for c in columns))
+    print("| --- " * (2 + len(variants) + len(columns)) + "|")
+    for r in records:
+        found = r["variants"].values()
+        ratios = [f"{v['step_over_pass']:.2f}" for v in found]
+        costs = [r["pass_ns_per_parameter_and_token"]]
+        costs += [v["ns_per_parameter_and_token"] for v in found]
+        cells = [r["size"], f"{r['tokens']:,}", *ratios, *(f"{cost:.3f}" for cost in costs)]
+        print("| " + " | ".join(cells) + " |")
 
 
-def measure_here(size: str, variant: str, device: str, dtype: str) -> None:
+def measure_peak(size: str, variant: str, device: str, dtype: str, what: str) -> None:
+    """Print the peak bytes of one step, or one pass, in this process."""
+    before = resident_bytes("VmRSS")
     model = build(size, device, getattr(torch, dtype))
-    if variant.startswith("pass"):
-        only_matrices_require_gradients(model, weights=variant == "pass")
-        pass_over(model, calibration_for(model, 32).draw(), 2048 // WINDOW)
-    else:
-        one_step(model, 64, variant)
-    if device == "cpu":
-        # Not ru_maxrss: a process inherits that of its parent.
-        (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
-        print(int(line.split()[1]) * 1024)
-    else:
+    windows = 2 * MICRO_BATCH
+
+    def work() -> None:
+        if variant.startswith("pass"):
+            only_matrices_require_gradients(model, weights=variant == "pass")
+            pass_over(model, calibration_for(model, windows).draw(), MICRO_BATCH)
+        else:
+            one_step(model, windows, variant)
+
+    if device != "cpu":
+        work()
         print(torch.cuda.max_memory_allocated())
+    elif what == "resident":
+        work()
+        print(resident_bytes("VmHWM") - before)
+    else:
+        weights = sum(p.nbytes for p in model.parameters())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            work()
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        print(weights + max(accumulate(event.nbytes() for event in events)))
 
 
-def memory_of(size: str, device: str, dtype: str) -> dict:
-    """Peak memory of a step over that of the pass that needs the same gradients."""
-    idle = 0 if device != "cpu" else 350_000_000  # interpreter and libraries, not the model's
-    peaks = {
-        v: peak_of(size, v, device, dtype) - idle for v in ("pass", "pass-no-weights", *VARIANTS)
-    }
-    return {
-        "size": size,
-        "peak_bytes": peaks,
-        "taylor_over_pass": peaks["taylor"] / peaks["pass"],
-        "activation_fisher_over_pass_without_weight_gradients": peaks["activation-fisher"]
-        / peaks["pass-no-weights"],
-        "best_over_pass": peaks["best"] / peaks["pass"],
-        "best_over_pass_without_weight_gradients": peaks["best"] / peaks["pass-no-weights"],
-    }
+def resident_bytes(name: str) -> int:
+    # Not ru_maxrss: a process inherits that of its parent.
+    lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc").exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def memory_of(size: str, variants: list[str], device: str, dtype: str) -> dict:
+    """Peak bytes of a step, and over that of the pass that needs the same gradients."""
+    record: dict = {"size": size, "windows": 2 * MICRO_BATCH}
+    for what in ("tensors", "resident") if device == "cpu" else ("tensors",):
+        peaks = {}
+        for variant in ("pass", "pass-no-weights", *variants):
+            command = [sys.executable, __file__, "--measure", size, variant, device, dtype, what]
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+            output = subprocess.run(
+                command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
+            peaks[variant] = int(output.split()[-1])
+        ratios = {}
+        for variant in variants:
+            yardstick = "pass" if variant == "taylor" else "pass-no-weights"
+            ratios[f"{variant} over {yardstick}"] = peaks[variant] / peaks[yardstick]
+        record[what] = {"peak_bytes": peaks, "ratios": ratios}
+        for name, ratio in ratios.items():
+            print(f"{size:>5} memory, {what}: {name} {ratio:.2f}", flush=True)
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="10M,100M,1B")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--only", choices=["time", "memory"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure_here(*arguments.measure)
+        measure_peak(*arguments.measure)
         return
-    amount = {"10M": (128, 3), "100M": (64, 1), "1B": (16, 1), "8B": (512, 3)}
-    results: dict = {"versions": versions(), "device": arguments.device, "time": [], "memory": []}
-    for size in arguments.sizes.split(","):
-        windows, repeats = amount[size]
-        dtype = getattr(torch, arguments.dtype)
-        record = time_size(size, windows, repeats, arguments.device, dtype)
-        results["time"].append(record)
-        print(f"{size:>5} {record['tokens']:>6} tokens, pass {record['pass_s']:.2f} s; over it:")
-        for name, ratios in record["variants"].items():
-            print(f"      {name:18} pass {ratios['collect_over_pass']:.2f}, "
-                  f"whole step {ratios['step_over_pass']:.2f}")  # fmt: skip
-        memory = memory_of(size, arguments.device, arguments.dtype)
-        results["memory"].append(memory)
-        for name, value in memory.items():
-            if name.endswith(("pass", "gradients")):
-                print(f"      memory {name}: {value:.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    sizes, variants = arguments.sizes.split(","), arguments.variants.split(",")
+    device, dtype = arguments.device, arguments.dtype
+    results: dict = {"versions": versions(), "device": device, "dtype": dtype,
+                     "threads": torch.get_num_threads(), "time": [], "memory": []}  # fmt: skip
+
+    def save() -> None:
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    for size in sizes:
+        if arguments.only != "memory":
+            for windows in AMOUNTS[size][0]:
+                record = time_size(size, windows, variants, device, getattr(torch, dtype))
+                results["time"].append(record)
+                save()
+        if arguments.only != "time":
+            results["memory"].append(memory_of(size, variants, device, dtype))
+            save()
+    print_time(results["time"], variants)
 
 
 if __name__ == "__main__":

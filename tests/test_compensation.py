@@ -8,8 +8,9 @@ from torch import nn
 
 from adapt_pruner.anatomy import MLP, Group, Part, find_anatomy
 from adapt_pruner.compensation import refit_output
+from adapt_pruner.gram import invert_gram
 from adapt_pruner.slicing import cut
-from adapt_pruner.statistics import Wants, collect
+from adapt_pruner.statistics import Pass, Wants, collect
 from picomodels import build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=12, length=14)
@@ -33,7 +34,7 @@ def random_problem(tokens=50, columns=12, rows=5, seed=0):
 
 def refitted(weight_DC, units, keep_U, gram_CC, ridge):
     group = toy_group(weight_DC, units)
-    refit_output(group, keep_U, gram_CC, ridge)
+    refit_output(group, keep_U, invert_gram(gram_CC.clone(), ridge))
     return group.output.tensor.detach()
 
 
@@ -116,11 +117,11 @@ def test_the_precision_of_the_weights_stays(dtype):
 def cut_without(model, layer, kind, gone, ridge=None):
     """Cut one unit, after a refit if there is a ridge."""
     anatomy = find_anatomy(model)
-    with collect(model, anatomy, WINDOWS, Wants.GRAM) as statistics:
+    with collect(model, anatomy, WINDOWS, Wants.GRAM, Pass(ridge=ridge or 1)) as statistics:
         (group,) = (g for g in anatomy.groups if g.key == (layer, kind))
         keep_U = torch.arange(group.num_units) != gone
         if ridge is not None:
-            refit_output(group, keep_U, statistics.gram[group.key], ridge)
+            refit_output(group, keep_U, statistics.inverse_gram(group.key))
     cut(model, anatomy, {group.key: keep_U})
 
 
@@ -158,3 +159,32 @@ def test_a_unit_that_others_can_replace_is_replaced_exactly(plant, kind, gone):
     expected = logits_of(full, unseen)
     assert (logits_of(plain, unseen) - expected).abs().max() > 0.1
     torch.testing.assert_close(logits_of(refit, unseen), expected, rtol=0, atol=1e-3)
+
+
+def test_rounding_of_nearly_singular_inputs_is_no_error():
+    # 64 inputs that are sums of the same three: float32 leaves H with eigenvalues below zero.
+    generator = torch.Generator().manual_seed(0)
+    x_NC = torch.randn(500, 3, generator=generator) @ torch.randn(3, 64, generator=generator)
+    x_NC[:, 0] *= 100
+    gram_CC, weight_DC = x_NC.T @ x_NC, torch.randn(4, 64, generator=generator)
+    assert torch.linalg.eigvalsh(gram_CC.double() / gram_CC.diagonal().mean())[0] < -1e-8
+    keep_U = torch.arange(64) % 4 > 0
+    result = refitted(weight_DC, 64, keep_U, gram_CC, ridge=1e-9)
+    expected = x_NC @ weight_DC.T
+    torch.testing.assert_close(
+        x_NC[:, keep_U] @ result[:, keep_U].T, expected, rtol=0, atol=1e-2 * float(expected.std())
+    )
+
+
+@pytest.mark.parametrize("number_gone", [1, 6, 11])
+@pytest.mark.parametrize("tokens", [50, 3])
+def test_a_refit_from_the_inverse_is_the_direct_solution(number_gone, tokens):
+    # W' = (W H[:, keep] + lambda W[:, keep]) (H[keep, keep] + lambda I)^-1, with float32 sums.
+    x_NC, weight_DC = random_problem(tokens)
+    gram_CC = (x_NC.T @ x_NC).float()
+    keep_U = torch.arange(12) >= number_gone
+    system_CC = gram_CC.double() + 0.01 * gram_CC.diagonal().mean() * torch.eye(12)
+    right_DK = (weight_DC @ system_CC)[:, keep_U]
+    expected = torch.linalg.solve(system_CC[keep_U][:, keep_U], right_DK, left=False)
+    result = refitted(weight_DC, 12, keep_U, gram_CC, ridge=0.01)
+    torch.testing.assert_close(result[:, keep_U], expected, rtol=1e-4, atol=1e-5)

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adapt_pruner import importance
 from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.importance import IMPORTANCES
 from adapt_pruner.slicing import cut
-from adapt_pruner.statistics import Wants, collect
+from adapt_pruner.statistics import Pass, Wants, collect
 from picomodels import INTERMEDIATE_SIZE, NUM_KV_HEADS, NUM_LAYERS, build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=9, length=14)
@@ -18,10 +17,10 @@ WITHOUT_DATA = ("magnitude-l1", "magnitude-l2", "random")
 DATA_DRIVEN = [name for name in IMPORTANCES if name not in WITHOUT_DATA]
 
 
-def score(model, name, seed=0, windows_BT=WINDOWS):
+def score(model, name, seed=0, windows_BT=WINDOWS, ridge=0.01):
     """Per group, the scores that the package computes."""
     anatomy, chosen = find_anatomy(model), IMPORTANCES[name]
-    with collect(model, anatomy, windows_BT, chosen.wants) as statistics:
+    with collect(model, anatomy, windows_BT, chosen.wants, Pass(ridge=ridge)) as statistics:
         return {g.key: chosen.score(g, statistics, seed) for g in anatomy.groups}
 
 
@@ -188,12 +187,10 @@ def inputs_of(model, group):
 
 
 @pytest.mark.parametrize("ridge", [0.01, 1e-5])
-def test_residual_fisher_leaves_what_a_regression_on_the_other_units_cannot_explain(
-    ridge, monkeypatch
-):
-    monkeypatch.setattr(importance, "RESIDUAL_RIDGE", ridge)
+def test_residual_fisher_leaves_what_a_regression_on_the_other_units_cannot_explain(ridge):
     model = build("llama")
-    plain, residual = score(model, "activation-fisher"), score(model, "residual-fisher")
+    plain = score(model, "activation-fisher")
+    residual = score(model, "residual-fisher", ridge=ridge)
     for group in find_anatomy(model).groups:
         x_NC = inputs_of(model, group)
         assert len(x_NC) > x_NC.shape[1]
@@ -213,14 +210,14 @@ def test_residual_fisher_leaves_what_a_regression_on_the_other_units_cannot_expl
         close(residual[group.key], plain[group.key].double() * share, tolerance=1e-3)
 
 
-def test_a_unit_that_repeats_another_has_no_residual(monkeypatch):
-    monkeypatch.setattr(importance, "RESIDUAL_RIDGE", 1e-4)
+def test_a_unit_that_repeats_another_has_no_residual():
     model = build("llama")
     mlp = model.model.layers[1].mlp
     with torch.no_grad():
         for linear in (mlp.gate_proj, mlp.up_proj):
             linear.weight[7], linear.bias[7] = linear.weight[3], linear.bias[3]
-    plain, residual = score(model, "activation-fisher"), score(model, "residual-fisher")
+    plain = score(model, "activation-fisher")
+    residual = score(model, "residual-fisher", ridge=1e-4)
     share_U = residual[1, "mlp"] / plain[1, "mlp"]
     repeated = torch.zeros(INTERMEDIATE_SIZE, dtype=torch.bool)
     repeated[[3, 7]] = True

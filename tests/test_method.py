@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -233,6 +235,22 @@ def test_every_step_draws_other_windows_and_other_random_numbers(monkeypatch):
     list(adapt_pruner(model, calibration, target, settings))
     assert draws == [0, 1, 2]
     assert len(set(seeds)) == 3
+
+
+def test_the_statistics_of_a_step_are_gone_before_the_next(monkeypatch):
+    found = []  # weak references, one per group and step
+
+    def random(group, statistics, seed):
+        found.append(weakref.ref(statistics))
+        return torch.rand(group.num_units)
+
+    monkeypatch.setitem(IMPORTANCES, "random", Importance(random, Wants.GRAM))
+    model, settings = build("llama", torch.float32), make_settings(importance="random", steps=2)
+    target = resolve_target(find_anatomy(model), 0.3, None)
+    calibration = CalibrationData(random_tokens(batch=20, length=40), 8, 2)
+    for _ in adapt_pruner(model, calibration, target, settings):
+        assert all(reference() is None for reference in found)
+    assert len(found) == 2 * 2 * NUM_LAYERS
 
 
 def test_ranked_steps_leave_equal_shares_of_the_decoder_layers():

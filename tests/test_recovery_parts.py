@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_learning_rate_has_no_jump_and_ends_near_the_lowest(scheduler):
     rates = [rate(step) for step in range(400)]
     assert max(rates) == pytest.approx(1e-3)
     assert min(rates) > 0
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 1.2e-4
+    assert max(abs(a - b) for a, b in pairwise(rates)) < 1.2e-4
     if scheduler != "constant":
         assert rates[-1] == pytest.approx(1e-4, rel=0.3)
 

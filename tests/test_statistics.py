@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from adapt_pruner.anatomy import find_anatomy
@@ -513,3 +514,53 @@ def test_gradients_that_are_not_finite_are_an_error(wants):
         collect(model, find_anatomy(model), WINDOWS, wants),
     ):
         pytest.fail("scores from broken gradients")
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def peak_bytes(work):
+    """Most bytes that tensors made by `work` hold at one time, temporaries of kernels included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def require_gradient(module, args):
+    args[0].requires_grad_()
+
+
+def plain_pass(model, windows_BT, weights):
+    """Forward and backward as transformers computes them, two windows at a time."""
+    matrices = set(prunable_matrices(find_anatomy(model))) if weights else set()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in matrices)
+    layer = model.model.layers[0]
+    handle = layer.register_forward_pre_hook(require_gradient)
+    for batch_BT in windows_BT.split(2):
+        model(input_ids=batch_BT, labels=batch_BT, use_cache=False).loss.backward()
+    handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.profiler")
+@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.UNIT_GRADIENTS])
+def test_a_pass_holds_little_more_than_one_micro_batch(wants):
+    windows_BT = random_tokens(batch=6, length=256)
+    model = build("llama", torch.float32)
+    anatomy = find_anatomy(model)
+
+    def scored(number):
+        with collect(model, anatomy, windows_BT[:number], wants, Pass(micro_batch_size=2)):
+            pass
+
+    weights = 4 * anatomy.total_parameters
+    plain = peak_bytes(lambda: plain_pass(model, windows_BT, wants.of_weights))
+    one, three = peak_bytes(lambda: scored(2)), peak_bytes(lambda: scored(6))
+    gradients = sum(4 * p.numel() for p in prunable_matrices(anatomy) if wants.of_weights)
+    assert three <= 1.01 * one + gradients
+    # Autograd keeps what output projections read for the gradient of their weights. Without that
+    # gradient it is kept here, for that of the units.
+    columns = sum(group.output.index_UK.numel() for group in anatomy.groups)
+    inputs = 0 if wants.of_weights else 4 * 2 * 256 * columns
+    assert weights + three <= 1.10 * (weights + plain + inputs)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from .anatomy import Group
+from .gram import InverseGram, factorise
 from .slicing import kept_entries
 
 
 @torch.no_grad()
-def refit_output(group: Group, keep_U: Tensor, gram_CC: Tensor, ridge: float) -> None:
+def refit_output(group: Group, keep_U: Tensor, inverse: InverseGram) -> None:
     """Refit the output projection so that its kept inputs reproduce its output. Mutates it.
 
     Minimises ||X W^T - X_keep W'^T||^2 + lambda ||W' - W_keep||^2 over W', in closed form
@@ -18,21 +19,21 @@ def refit_output(group: Group, keep_U: Tensor, gram_CC: Tensor, ridge: float) ->
         W' = (W H[:, keep] + lambda W[:, keep]) (H[keep, keep] + lambda I)^-1,   H = X^T X,
 
     with lambda = ridge * mean(diag H). The ridge pulls towards the weights that stay, not towards
-    zero. The columns that go are left as they are: cut the group afterwards.
+    zero. With P = (H + lambda I)^-1 and block elimination of what goes, that is the update
+
+        W' = W[:, keep] - W[:, gone] P[gone, gone]^-1 P[gone, keep],
+
+    which costs little when little goes. The columns that go are left as they are: cut afterwards.
 
     Args:
-        gram_CC: H, (C, C) with C the input width of the projection.
-        ridge: relative strength of the pull, > 0.
+        inverse: P but for a factor, which cancels, of the projection's C inputs.
     """
-    kept = kept_entries(group.output.index_UK, keep_U).to(gram_CC.device)
-    weight = group.output.tensor
-    weight_DC = weight.to(gram_CC.device, torch.float64)
-    gram_CK = gram_CC[:, kept].double()
-    strength = ridge * gram_CC.diagonal().double().mean()
-    if not strength > 0:
-        return  # the projection never saw a non-zero input
-    system_KK = gram_CK[kept]
-    system_KK.diagonal().add_(strength)
-    right_DK = weight_DC @ gram_CK + strength * weight_DC[:, kept]
-    solution_KD = torch.cholesky_solve(right_DK.T, torch.linalg.cholesky(system_KK))
-    weight[:, kept.to(weight.device)] = solution_KD.T.to(weight)
+    matrix_CC, weight = inverse.matrix_CC, group.output.tensor
+    kept = kept_entries(group.output.index_UK, keep_U).to(matrix_CC.device)
+    gone = kept_entries(group.output.index_UK, ~keep_U).to(matrix_CC.device)
+    gone_RC = matrix_CC[gone].double()
+    factor_RR = factorise(gone_RC[:, gone])
+    weight_DR = weight[:, gone.to(weight.device)].to(gone_RC)
+    update_DK = torch.cholesky_solve(weight_DR.T, factor_RR).T @ gone_RC[:, kept]
+    kept = kept.to(weight.device)
+    weight[:, kept] = (weight[:, kept] - update_DK.to(weight.device)).to(weight)

@@ -15,9 +15,6 @@ from torch import Tensor
 from .anatomy import ATTENTION, Group, Part
 from .statistics import Statistics, Wants
 
-RESIDUAL_RIDGE = 0.01
-"""Relative to the mean of the Gram matrix's diagonal, as in the refit."""
-
 
 def taylor(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's weights of |w * dL/dw| (Adapt-Pruner eq. 10; LLM-Pruner `first`)."""
@@ -79,24 +76,23 @@ def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tens
     """`activation_fisher` times the share of the unit's activation that the group's other units
     cannot reproduce linearly: what is lost although the others are refitted.
 
-    With H = X^T X + ridge, that share is 1 / (H_jj (H^-1)_jj) for a unit of one column; for one of
-    several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace of H_jj.
+    With H = X^T X + ridge, as in the refit, that share is 1 / (H_jj (H^-1)_jj) for a unit of one
+    column; for one of several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace
+    of H_jj.
     """
-    gram_CC = statistics.gram[group.key].double()
-    gram_CC.diagonal().add_(RESIDUAL_RIDGE * gram_CC.diagonal().mean() + torch.finfo().tiny)
-    inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(gram_CC))
-    shape = (group.num_units, len(gram_CC) // group.num_units)
-    total_U = gram_CC.diagonal().view(shape).sum(dim=1)
+    inverse = statistics.inverse_gram(group.key)
+    shape = group.output.index_UK.shape
+    total_U = inverse.diagonal_C.view(shape).sum(dim=1)
     if shape[1] == 1:
-        residual_U = 1 / inverse_CC.diagonal()
+        residual_U = 1 / inverse.matrix_CC.diagonal()
     else:
-        blocks = [inverse_CC[b, b] for b in _slices(*shape)]
-        residual_U = torch.linalg.inv(torch.stack(blocks)).diagonal(dim1=1, dim2=2).sum(dim=1)
+        blocks_KKU = inverse.matrix_CC.view(shape + shape).diagonal(dim1=0, dim2=2)
+        residual_U = (
+            torch.linalg.inv(blocks_KKU.permute(2, 0, 1).double())
+            .diagonal(dim1=1, dim2=2)
+            .sum(dim=1)
+        )
     return activation_fisher(group, statistics) * (residual_U / total_U).float()
-
-
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
 def random(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:

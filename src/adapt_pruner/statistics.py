@@ -1,7 +1,9 @@
 """The only place that runs a model to score it: one stream over the calibration windows.
 
 Whatever a method asks for (`Wants`) is gathered in the same pass. Each window contributes its mean
-loss per token; sums run over windows, so results do not depend on the micro-batch size.
+loss per token; sums run over windows, so results do not depend on the micro-batch size. Where
+several processes run (torch.distributed), each takes its share of the windows, and the sums run over
+all of them, so that every process gets the same statistics.
 
 Shapes: B windows, T tokens, D hidden size, U units, K columns per unit, C = U * K columns.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
 from functools import partial
@@ -23,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .anatomy import Anatomy, Group
 from .errors import NonFiniteError
+from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
 GroupKey = tuple[int, str]
 
@@ -84,8 +87,11 @@ class Statistics:
     """(U,), mean over windows of the square of the same sum."""
     gram: dict[GroupKey, Tensor] = field(default_factory=dict)
     """(C, C), sum over tokens of the outer product of the output projection's input."""
+    ridge: float = 0.01
+    """Added to the diagonal of a Gram matrix before it is inverted, relative to its mean."""
     fisher: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     """Shaped like the matrix, mean over windows of the squared gradient."""
+    _inverses: dict[GroupKey, InverseGram] = field(default_factory=dict)
 
     @property
     def layer_importance(self) -> list[float]:
@@ -94,6 +100,12 @@ class Statistics:
         centred = [distance - mean for distance in self.layer_distance]
         largest = max(map(abs, centred))
         return [value / largest if largest > 0 else 0.0 for value in centred]
+
+    def inverse_gram(self, key: GroupKey) -> InverseGram:
+        """Inverse of the Gram matrix plus ridge; at the first call it takes the matrix's place."""
+        if key not in self._inverses:
+            self._inverses[key] = invert_gram(self.gram.pop(key), self.ridge)
+        return self._inverses[key]
 
 
 @dataclass
@@ -106,6 +118,8 @@ class Pass:
     gradient_checkpointing: bool = False
     """Keep only the residual stream between layers for the backward pass and recompute the rest."""
     distance: Distance = Distance.COSINE
+    ridge: float = 0.01
+    """See `Statistics.ridge`."""
 
 
 @contextmanager
@@ -153,29 +167,67 @@ def _first_micro_batch_size(how: Pass, windows_BT: Tensor, wants: Wants) -> int:
 
 
 def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistics:
-    observer = _Observer(anatomy, wants, how.distance)
+    observer = _Observer(anatomy, wants, how)
     device = model.get_input_embeddings().weight.device
-    loss = 0.0
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    rank, processes = _processes(len(windows_BT))
+    own_BT = windows_BT[rank::processes]
     with observer.attached(), torch.set_grad_enabled(wants.backward):
-        for start in range(0, len(windows_BT), size):
-            batch_BT = windows_BT[start : start + size].to(device)
-            logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
-            if wants.backward:
-                batch_loss = _sum_of_window_losses(logits_BTV, batch_BT)
-                del logits_BTV
-                batch_loss.backward()
-                loss += batch_loss.item()
-            on_progress(start + len(batch_BT))
+        for start in range(0, len(own_BT), size):
+            batch_BT = own_BT[start : start + size].to(device)
+            loss += _run_micro_batch(model, batch_BT, wants.backward)
+            on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
+    if processes > 1:
+        torch.distributed.all_reduce(loss)
+        observer.sum_over_processes()
     num_windows, window_length = windows_BT.shape
-    return observer.statistics(num_windows, window_length, loss)
+    return observer.statistics(num_windows, window_length, loss.item())
 
 
-def _sum_of_window_losses(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Sum over windows of the mean cross-entropy of the next token, a float32 scalar in nats."""
-    ignored = tokens_BT.new_full((len(tokens_BT), 1), -100)  # the last token predicts nothing here
-    targets_BT = torch.cat([tokens_BT[:, 1:], ignored], dim=1).to(logits_BTV.device)
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
-    return loss / (tokens_BT.shape[1] - 1)
+def _processes(num_windows: int) -> tuple[int, int]:
+    """Index of this process and number of processes that share the windows."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not there or torch.distributed.get_world_size() > num_windows:
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float:
+    """Forward and backward. Returns the sum of the window losses, or 0 without a backward pass.
+
+    The graph is gone when this returns: hooks in it hold activations of every layer, which must not
+    live on into the next micro-batch.
+    """
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    if not backward:
+        return 0.0
+    loss, gradient_BTV = _loss_and_gradient(logits_BTV.detach(), tokens_BT.to(logits_BTV.device))
+    logits_BTV.backward(gradient_BTV)
+    return loss.to(tokens_BT.device)
+
+
+@torch.no_grad()
+def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over windows of the mean cross-entropy of the next token, and its gradient.
+
+    Computed in float32, some 128 tokens at a time: autograd would hold three float32 copies of the
+    logits of the whole micro-batch, which outweigh all else in a small model.
+
+    Returns a float64 scalar in nats, and a tensor like the logits.
+    """
+    num_predicted = tokens_BT.shape[1] - 1
+    loss = logits_BTV.new_zeros((), dtype=torch.float64)
+    gradient_BTV = torch.zeros_like(logits_BTV)  # the last token of a window predicts nothing here
+    size = max(1, 128 // tokens_BT.shape[1])
+    for start in range(0, len(tokens_BT), size):
+        some = slice(start, start + size)
+        targets_BT1 = tokens_BT[some, 1:, None]
+        log_probs_BTV = logits_BTV[some, :-1].float().log_softmax(dim=-1)
+        loss -= log_probs_BTV.gather(2, targets_BT1).double().sum() / num_predicted
+        probs_BTV = log_probs_BTV.exp_()
+        probs_BTV.scatter_add_(2, targets_BT1, probs_BTV.new_tensor(-1.0).expand(targets_BT1.shape))
+        gradient_BTV[some, :-1] = probs_BTV.div_(num_predicted)
+    return loss, gradient_BTV
 
 
 class _Observer:
@@ -185,9 +237,9 @@ class _Observer:
     gradients is observed, so everything is counted once.
     """
 
-    def __init__(self, anatomy: Anatomy, wants: Wants, distance: Distance):
-        self.anatomy, self.wants, self.distance = anatomy, wants, distance
-        self.sums = Statistics()
+    def __init__(self, anatomy: Anatomy, wants: Wants, how: Pass):
+        self.anatomy, self.wants, self.distance = anatomy, wants, how.distance
+        self.sums = Statistics(ridge=how.ridge)
         self.distances: list[list[Tensor]] = [[] for _ in anatomy.layers]
         self.gradients: dict[nn.Parameter, Tensor] = {}
 
@@ -231,7 +283,10 @@ class _Observer:
                 return
             x_BTC = args[0]
             if Wants.GRAM in self.wants:
-                _add_to_gram(self.sums.gram, group.key, x_BTC.detach().flatten(0, -2).float())
+                x_NC = x_BTC.detach().flatten(0, -2).float()
+                if group.key not in self.sums.gram:
+                    self.sums.gram[group.key] = x_NC.new_zeros(2 * x_NC.shape[1:])
+                add_to_gram(self.sums.gram[group.key], x_NC)
             if Wants.UNIT_GRADIENTS in self.wants:
                 x_BTC.register_hook(self._on_input_gradient(group, x_BTC.detach()))
 
@@ -239,7 +294,7 @@ class _Observer:
 
     def _on_input_gradient(self, group: Group, x_BTC: Tensor):
         def hook(gradient_BTC: Tensor) -> None:
-            effect_BC = (x_BTC * gradient_BTC).float().sum(dim=1)
+            effect_BC = (x_BTC * gradient_BTC).sum(dim=1, dtype=torch.float32)
             effect_BU = effect_BC.unflatten(1, (group.num_units, -1)).sum(dim=2)
             _add(self.sums.unit_gradient_abs, group.key, effect_BU.abs().sum(dim=0))
             _add(self.sums.unit_gradient_squared, group.key, effect_BU.square().sum(dim=0))
@@ -252,6 +307,21 @@ class _Observer:
         parameter.grad = None
         _add(self.sums.fisher, parameter, gradient.float().square())
         _add(self.gradients, parameter, gradient)
+
+    def sum_over_processes(self) -> None:
+        """Replace all sums by those over all processes; every process calls it."""
+        sums = self.sums
+        for i, layer in enumerate(self.distances):
+            self.distances[i] = [torch.stack(layer).sum()]
+        own = [distance for (distance,) in self.distances]
+        for table in (sums.unit_gradient_abs, sums.unit_gradient_squared, sums.gram, sums.fisher):
+            own += table.values()
+        if self.wants.of_weights:
+            for parameter in prunable_matrices(self.anatomy):
+                gradient = self.gradients.get(parameter, parameter.grad)
+                own += [gradient] if gradient is not None else []
+        for tensor in own:
+            torch.distributed.all_reduce(tensor)
 
     def statistics(self, num_windows: int, window_length: int, loss: float) -> Statistics:
         """Turn the sums over windows into means."""
@@ -266,8 +336,7 @@ class _Observer:
             for value in table.values():
                 value.div_(num_windows)
         for gram_CC in result.gram.values():
-            lower_CC = gram_CC.triu(1).T
-            gram_CC.triu_().add_(lower_CC)
+            mirror(gram_CC)
         if self.wants.of_weights:
             for parameter in prunable_matrices(self.anatomy):
                 parameter.grad = self.gradients.get(parameter, parameter.grad)
@@ -298,17 +367,6 @@ def _add(table: dict, key, value: Tensor) -> None:
         table[key] = value
 
 
-def _add_to_gram(table: dict[GroupKey, Tensor], key: GroupKey, x_NC: Tensor) -> None:
-    """Add X^T X, the part above the diagonal alone: five eighths of the whole product's work."""
-    width = x_NC.shape[1]
-    if key not in table:
-        table[key] = x_NC.new_zeros(width, width)
-    block = max(256, -(-width // 4))
-    for start in range(0, width, block):
-        columns = slice(start, start + block)
-        table[key][columns, start:].addmm_(x_NC[:, columns].T, x_NC[:, start:])
-
-
 @contextmanager
 def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Iterator[None]:
     """Evaluation mode and gradients only where wanted; everything as before on leaving."""
@@ -320,7 +378,8 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
         for parameter, _, _ in before:
             parameter.grad = None
             parameter.requires_grad_(parameter in wanted)
-        with _checkpointed(anatomy.layers) if checkpointing and wants.backward else nullcontext():
+        recomputed = anatomy.layers if checkpointing and wants.backward else []
+        with checkpointed(recomputed, reentrant=True):
             yield
     finally:
         for parameter, requires_grad, gradient in before:
@@ -333,16 +392,16 @@ def _prepared(model, anatomy: Anatomy, wants: Wants, checkpointing: bool) -> Ite
 
 
 @contextmanager
-def _checkpointed(layers: list[nn.Module]) -> Iterator[None]:
+def checkpointed(layers: list[nn.Module], reentrant: bool) -> Iterator[None]:
     """Let transformers' decoder layers recompute their activations in the backward pass.
 
     Only the layers themselves are put into training mode, which they ask for; their dropout is not.
-    Reentrant, because the first run is then without gradients: what it computes is neither kept nor
-    observed.
+    Reentrant to observe: the first run is then without gradients, and what it computes is neither
+    kept nor counted.
     """
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [{name: vars(layer).get(name) for name in names} for layer in layers]
-    recompute = partial(checkpoint, use_reentrant=True)
+    recompute = partial(checkpoint, use_reentrant=reentrant)
     try:
         for layer in layers:
             vars(layer).update(zip(names, (True, recompute), strict=True))

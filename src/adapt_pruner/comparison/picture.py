@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report.pictures import figure_of
+from ..report.pictures import make_figure
 from .grid import MEAN_OVER_TEXTS
 from .table import Metric, Tables
 from .variants import Variant
@@ -32,7 +32,7 @@ def draw(directory: Path, tables: Tables) -> list[Path]:
 
 def draw_sizes(tables: Tables, metrics: Sequence[Metric]) -> Any:
     """A line per method, error bars over the seeds, and the Pareto front behind them."""
-    figure, axes = figure_of(7.5, 3.6 * len(metrics), len(metrics))
+    figure, axes = make_figure(7.5, 3.6 * len(metrics), len(metrics))
     dense = tables.comparison.dense
     for axis, metric in zip(axes, metrics, strict=True):
         score = metric.find(dense.scores)
@@ -57,7 +57,7 @@ def draw_sizes(tables: Tables, metrics: Sequence[Metric]) -> Any:
 
 def draw_sweep(tables: Tables, metrics: Sequence[Metric], name: str) -> Any:
     """A line per method and sparsity over the values of the setting (table 8, figure 4)."""
-    figure, axes = figure_of(7.5, 3.2 * len(metrics), len(metrics))
+    figure, axes = make_figure(7.5, 3.2 * len(metrics), len(metrics))
     families: dict[tuple[str, float], list[Variant]] = {}
     for sparsity in tables.sparsities:
         for variant in tables.variants:

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from . import pydocs
-
-EMBEDDED = "pydocs"
-"""Name of the text that every Python installation carries: its own documentation."""
-DOCUMENT_SEPARATOR = "<|endoftext|>"
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+from .reading import DOCUMENT_SEPARATOR, READERS, files_in
+from .reading import EMBEDDED as EMBEDDED
 
 
 class CalibrationData:
@@ -148,7 +145,7 @@ def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Ite
         return
     path = Path(source).expanduser()
     if path.exists():
-        files = _files_in(path)
+        files = files_in(path)
         plain = [file for file in files if file.suffix == ".txt"]
         yield from _shuffled([d for file in plain for d in split_documents(_read(file))], seed)
         for reader in ("json", "parquet"):
@@ -167,16 +164,6 @@ def split_documents(text: str) -> list[str]:
     """Split plain text at lines of `<|endoftext|>`; without them it is one document."""
     pieces = (piece.strip() for piece in text.split(DOCUMENT_SEPARATOR))
     return [piece for piece in pieces if piece]
-
-
-def _files_in(path: Path) -> list[Path]:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if file.suffix in READERS]
-    if not files:
-        raise CalibrationError(
-            f"'{path}' holds no text that can be read; expected {', '.join(sorted(READERS))} files."
-        )
-    return [file for file in files if file.stat().st_size]
 
 
 def _read(file: Path) -> str:

@@ -12,17 +12,9 @@ from .mixture import Source
 from .reading import EMBEDDED, files_in
 
 
-def of_source(source: Source) -> Any:
-    """Path, size and time of change of local files; name and revision of data on the hub."""
-    if source.path == EMBEDDED:
-        return [EMBEDDED, platform.python_version()]
-    place = source.place
-    if place is None:
-        return [source.path, source.subset, source.split or "train", source.revision]
-    return [
-        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files_in(place)
-    ]
+def short_hash(content: Any) -> str:
+    """16 hexadecimal digits of a JSON value."""
+    return of_texts([json.dumps(content, sort_keys=True)])[:16]
 
 
 def of_texts(texts: Iterable[str]) -> str:
@@ -32,10 +24,23 @@ def of_texts(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def of_source(source: Source) -> Any:
+    """Path, size and time of change of local files; name and revision of data on the hub."""
+    if source.path == EMBEDDED:
+        return [EMBEDDED, platform.python_version()]
+    if source.place is None:
+        return [source.path, source.subset, source.split or "train", source.revision]
+    files = ((file.resolve(), file.stat()) for file in files_in(source.place))
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in files]
+
+
 def of_tokenizer(tokenizer: Any) -> str:
     """Whatever changes its tokens."""
     if tokenizer.is_fast:
-        model = tokenizer.backend_tokenizer.to_str()
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        model = {key: model[key] for key in model if key not in ("truncation", "padding")}
     else:
-        model = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
-    return of_texts([model, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)])
+        model = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    return of_texts(
+        [json.dumps([model, tokenizer.special_tokens_map], default=str, sort_keys=True)]
+    )

@@ -18,6 +18,7 @@ from ..errors import DataError, near_match
 from .reading import Row, pieces_of
 
 Spans = tuple[tuple[int, int], ...]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Document:
 
     text: str
     answers: Spans | None = None
-    """Half-open ranges of characters that are answers; None where the text is no dialogue."""
+    """Half-open ranges of characters that have loss; None: all of it."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own, such as BOS, or the text already holds them."""
 
@@ -40,10 +41,11 @@ class ChatTemplate:
 
     Args:
         default: name of a template that ships with the package, or a Jinja file.
+        mark_answers: find the answers of the assistant in the text.
     """
 
-    def __init__(self, tokenizer: Any, default: str | None = None):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, default: str | None = None, mark_answers: bool = True):
+        self.tokenizer, self.mark_answers = tokenizer, mark_answers
         self.is_own = bool(tokenizer.chat_template)
         self.text = tokenizer.get_chat_template() if self.is_own else None
         if self.text is None and default is not None:
@@ -56,17 +58,12 @@ class ChatTemplate:
             TemplateRefusal: with the template's message.
         """
         text, spans = self._render(messages), None
-        if self._marks_answers:
-            text, spans = self._render_marked(messages)
-        if spans is None:
-            spans = self._answers(messages, text)
+        if self.mark_answers:
+            marked = _GENERATION.search(self.text or "")
+            spans = self._marked(messages) if marked else self._compared(messages, text)
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and text.startswith(bos)
         return Document(text, spans, add_special_tokens=not self.is_own and not has_bos)
-
-    @property
-    def _marks_answers(self) -> bool:
-        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.text or ""))
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
@@ -76,18 +73,19 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             raise TemplateRefusal(" ".join(str(error).split())) from error
 
-    def _render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, Spans]:
+    def _marked(self, messages: list[dict[str, Any]]) -> Spans:
+        """Take the places that the template itself marks with `{% generation %}`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
+        result: Any = render_jinja_template(
             [messages],
             chat_template=self.text,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        return texts[0], tuple((start, end) for start, end in spans[0])
+        return tuple((start, end) for start, end in result[1][0])
 
-    def _answers(self, messages: list[dict[str, Any]], text: str) -> Spans:
+    def _compared(self, messages: list[dict[str, Any]], text: str) -> Spans:
         """Compare with renderings of the messages before and up to each answer."""
         spans = []
         for i, message in enumerate(messages):
@@ -147,11 +145,12 @@ def _text(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:
 def _prompt_response(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:
     prompt, response = _string(values, "prompt"), _string(values, "response")
     if response.strip():
-        yield Document(prompt + response, ((len(prompt), len(prompt) + len(response)),))
+        answer = (len(prompt), len(prompt) + len(response))
+        yield Document(prompt + response, (answer,) if template.mark_answers else None)
 
 
 def _instruction(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:
-    """Instruction data, as a dialogue of one turn; `instances` hold several pairs of input, output."""
+    """A dialogue of one turn for each instance, a pair of input and output."""
     instances = [values]
     if "instances" in values:
         instances = values["instances"]
@@ -236,7 +235,7 @@ class Layout:
 
     format: str
     columns: dict[str, str]
-    """Column by role."""
+    """Column by role, of those in the first row."""
 
     def documents(self, row: Row, source: str, template: ChatTemplate) -> list[Document]:
         """The documents of a row, none where it is blank.
@@ -250,6 +249,10 @@ class Layout:
             if self.columns[role] not in row.values:
                 raise DataError(_no_column(source, self.columns[role], row))
         values = {role: row.values.get(column) for role, column in self.columns.items()}
+        for role in form.optional.keys() - values.keys():  # the first row may not have had it
+            values[role] = next(
+                (row.values[n] for n in form.optional[role] if n in row.values), None
+            )
         try:
             return list(form.documents(values, template))
         except ValueError as error:
@@ -262,7 +265,9 @@ def _no_column(source: str, column: str, row: Row) -> str:
     return f"'{source}' has no column '{column}' ({row.place}); it has {has}.{hint}"
 
 
-def detect(row: Row, source: str, format: str = "auto", columns: dict[str, str] | None = None):
+def detect(
+    row: Row, source: str, format: str = "auto", columns: dict[str, str] | None = None
+) -> Layout:
     """The layout of a source, from its first row and what is said about it.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import DataError, near_match
 from .formats import FORMATS
-from .reading import EMBEDDED, local_path
+from .reading import EMBEDDED, READERS, local_path
 
 FormatName = Literal[("auto", *FORMATS)]  # pyright: ignore[reportInvalidTypeForm]
 _SUFFIXES = (".yaml", ".yml")
@@ -55,8 +56,11 @@ class Source(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_from_path(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            values = {"path": values}
         if isinstance(values, dict) and not values.get("name") and values.get("path"):
-            return {**values, "name": Path(str(values["path"])).stem}
+            path = Path(str(values["path"]))
+            return {**values, "name": path.stem if path.suffix in READERS else path.name}
         return values
 
     @property
@@ -103,7 +107,7 @@ def read_mixture(source: str | Path | Mapping[str, Any] | Mixture) -> Mixture:
         DataError: naming the file and what is wrong in it.
     """
     if isinstance(source, Mixture):
-        return source
+        return _make(source.model_dump(), "The mixture", Path())
     if isinstance(source, Mapping):
         return _make(dict(source), "The mixture", Path())
     name = str(source)
@@ -170,6 +174,7 @@ def _make(content: dict[str, Any], name: str, directory: Path) -> Mixture:
             f"{near_match(unknown[0], names)}"
         )
     total = sum(source.weight for source in sources)
+    total = 1.0 if math.isclose(total, 1) else total  # what is normalised stays as it is
     if not total:
         raise DataError(f"{name}: all weights are 0; give at least one source a positive weight.")
     resolved = tuple(
@@ -214,7 +219,8 @@ def _roles(format: str) -> set[str]:
 
 
 def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]  # a misspelt key is why another is missing
     place = [part for part in problem["loc"] if isinstance(part, str)]
     index = next((part for part in problem["loc"] if isinstance(part, int)), None)
     where = f"source {index + 1}: " if index is not None else ""
@@ -226,7 +232,9 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{where}`{name}` is missing; add it, such as `{name}: ...`."
     if problem["type"] == "literal_error":
-        known = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        known = (
+            problem.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        )
         hint = near_match(str(problem["input"]), known)
         return f"{where}{name}: got '{problem['input']}'.{hint} Known: {', '.join(known)}."
     return f"{where}{name}: {problem['msg']}; got {problem['input']!r:.60}."

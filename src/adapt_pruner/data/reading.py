@@ -86,6 +86,16 @@ def read_rows(
     return shuffled(rows, seed)
 
 
+def hub_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set on the hub stands for now; None if unknown."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except Exception:  # reading the data set will say what is wrong
+        return revision
+
+
 def shuffled(rows: Iterable[Row], seed: int) -> Iterator[Row]:
     """Shuffle a stream through a buffer, as `datasets` does; small data are shuffled as a whole."""
     generator, buffer, characters = random.Random(seed), [], 0

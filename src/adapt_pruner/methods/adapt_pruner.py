@@ -25,7 +25,7 @@ from ..errors import InvalidSettings
 from ..importance import IMPORTANCES
 from ..settings import PruneSettings
 from ..slicing import cut
-from ..statistics import Pass, Statistics, Wants, collect
+from ..statistics import Pass, Wants, collect
 
 GroupKey = tuple[int, str]
 
@@ -68,7 +68,12 @@ def adapt_pruner(
     wants = importance.wants
     if settings.compensation == "refit":
         wants |= Wants.GRAM
-    how = Pass(settings.micro_batch_size, settings.gradient_checkpointing, settings.distance)
+    how = Pass(
+        settings.micro_batch_size,
+        settings.gradient_checkpointing,
+        settings.distance,
+        settings.ridge,
+    )
     schedule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
     sizes = sizes_after_steps(anatomy, target, settings.steps)
     step, done = 0, anatomy.total_parameters <= target
@@ -99,9 +104,11 @@ def adapt_pruner(
                     remove_ranked(chains, needed)
             kept = keep_masks(chains, scores)
             if settings.compensation == "refit":
-                _refit(anatomy, kept, statistics, settings.ridge)
+                for group in anatomy.groups:
+                    if group.key in kept:
+                        refit_output(group, kept[group.key], statistics.inverse_gram(group.key))
             anatomy = cut(model, anatomy, kept)
-        yield PruningStep(
+        made = PruningStep(
             step=step,
             anatomy=anatomy,
             kept=kept,
@@ -110,15 +117,8 @@ def adapt_pruner(
             loss=statistics.loss,
             seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
         )
-
-
-def _refit(
-    anatomy: Anatomy, kept: dict[GroupKey, Tensor], statistics: Statistics, ridge: float
-) -> None:
-    for group in anatomy.groups:
-        gram_CC = statistics.gram.pop(group.key)
-        if group.key in kept:
-            refit_output(group, kept[group.key], gram_CC, ridge)
+        del statistics  # its matrices would live on through the next pass
+        yield made
 
 
 def limits_of(settings: PruneSettings, anatomy: Anatomy) -> Limits:

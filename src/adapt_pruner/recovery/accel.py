@@ -171,8 +171,9 @@ class Run:
         """Take the optimizer steps of the phase that are left, until the time is over."""
         guard, throughput = SpikeGuard(self.recovery.max_loss_spike), Throughput()
         with training(
-            self.accelerator, self.model, self.moments, self.recovery, len(self.sampler.weights)
-        ) as work:
+            self.accelerator, self.model, self.moments, self.recovery, len(self.sampler.weights),
+            self.request.settings.gradient_checkpointing,
+        ) as work:  # fmt: skip
             while self.progress.step < phase.end_step:
                 rate = self.rate_at(self.progress.step)
                 found = self._step(work, phase, guard, rate)
@@ -322,6 +323,7 @@ class Run:
             training={
                 "tokens": progress.tokens,
                 "steps": progress.step,
+                "processes": self.accelerator.num_processes,
                 "settings": self.recovery.model_dump(mode="json"),
                 "data": self.request.data,
                 "windows_of_domain": self.sampler.drawn,

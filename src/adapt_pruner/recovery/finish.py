@@ -11,6 +11,7 @@ import torch
 from ..api import PruningResult
 from ..checkpoint import save_result
 from ..report import write_page
+from ..report.training_pictures import draw_training
 from ..run import store_as
 from .request import AccelRequest
 from .state import RunDirectory
@@ -33,6 +34,7 @@ def write_result(
     whole = directory / ".result"
     name = directory.resolve().name
     save_result(result, whole, request.portable, True, request.recipe(), name)
+    draw_training(directory, whole / "pictures")
     _move_all(whole, directory)
     write_page(directory)  # again: the training log is here
     if not request.keep_checkpoint:
@@ -45,5 +47,9 @@ def _move_all(source: Path, directory: Path) -> None:
         place = directory / entry.name
         if place.is_dir():
             shutil.rmtree(place)
-        os.replace(entry, place)
+        _rename(entry, place)
     source.rmdir()
+
+
+def _rename(old: Path, new: Path) -> None:
+    os.replace(old, new)

@@ -19,8 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from ..anatomy import architecture_of
 from ..data.sampling import Batch
 from ..errors import NonFiniteError
+from ..statistics import checkpointed
 from . import sharding
 from .moments import Moments, read_moments, write_moments
 from .objective import IGNORED, Teaching, loss_sums, targets_of
@@ -48,14 +50,17 @@ def training(
     moments: Moments,
     settings: RecoverySettings,
     num_domains: int = 1,
+    checkpointing: bool = False,
 ) -> Iterator[PhaseTraining]:
     """Wrap `model` and an AdamW with these moments for one phase; unwrap on leaving.
 
     On leaving, `phase.model` is the whole trained model and `phase.moments` are its moments.
     """
+    layers = _decoder_layers(model) if checkpointing else []
     phase = PhaseTraining(accelerator, model, moments, settings, num_domains)
     try:
-        yield phase
+        with checkpointed(layers, reentrant=False):
+            yield phase
         phase.close()
     finally:
         accelerator.free_memory()
@@ -207,6 +212,11 @@ class PhaseTraining:
             self.moments = read_moments(self.model, _plain(self.optimizer))
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.model.eval()
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model  # LoRA
+    return list(plain.get_submodule(architecture_of(plain.config).layers).children())
 
 
 def _micro_batch(model: Any, settings: RecoverySettings) -> int:

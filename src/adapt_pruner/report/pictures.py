@@ -33,7 +33,7 @@ def draw_widths(result: PruningResult) -> Any:
     """Bars of what each layer had and has left: MLP neurons and KV groups."""
     rows = [("intermediate_size", "MLP neurons"), ("num_key_value_heads", "KV groups")]
     rows = [(key, label) for key, label in rows if any(key in w for w in result.widths_before)]
-    figure, axes = figure_of(7.5, 2.3 * len(rows), len(rows))
+    figure, axes = make_figure(7.5, 2.3 * len(rows), len(rows))
     for axis, (key, label) in zip(axes, rows, strict=True):
         layers = [i for i, widths in enumerate(result.widths_before) if key in widths]
         old = [result.widths_before[i][key] for i in layers]
@@ -62,7 +62,7 @@ def draw_layer_importance(result: PruningResult) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     importance = [step.layer_importance for step in result.steps]
-    figure, (axis,) = figure_of(7.5, min(2.2 + 0.16 * len(importance), 7), 1)
+    figure, (axis,) = make_figure(7.5, min(2.2 + 0.16 * len(importance), 7), 1)
     image = axis.imshow(
         importance, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest",
         extent=(-0.5, len(importance[0]) - 0.5, len(importance) + 0.5, 0.5),
@@ -77,7 +77,7 @@ def draw_layer_importance(result: PruningResult) -> Any:
     return figure
 
 
-def figure_of(width: float, height: float, rows: int) -> tuple[Any, list[Any]]:
+def make_figure(width: float, height: float, rows: int) -> tuple[Any, list[Any]]:
     """A figure with `rows` axes, drawn without a display and without global state."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

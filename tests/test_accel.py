@@ -1,0 +1,457 @@
+"""Adapt-Accel end to end: what it trains, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from adapt_pruner import find_anatomy, load_calibration, load_model, prune
+from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, NonFiniteError, WritingError
+from adapt_pruner.recovery import state, training
+from adapt_pruner.recovery.accel import Run, run_accel
+from adapt_pruner.recovery.request import AccelOutcome, AccelRequest
+from adapt_pruner.recovery.settings import make_recovery_settings
+from adapt_pruner.report import pictures
+from adapt_pruner.settings import make_settings
+from picomodels import build
+
+TRAINING = {
+    "phases": 3, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 3e-3, "repeat": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
+
+
+@pytest.fixture
+def request_(llama, text_file) -> AccelRequest:
+    """Three phases of 2, 4 and 6 steps of 4 windows on the tiny Llama."""
+    settings = make_settings(calibration=str(text_file), windows=4, window_length=12, steps=3)
+    recovery = make_recovery_settings(**TRAINING)
+    return AccelRequest(
+        str(llama), str(text_file), 12 * 64, settings, recovery, sparsity=0.4, save_steps=3
+    )
+
+
+def with_training(request: AccelRequest, **changes: Any) -> AccelRequest:
+    return replace(request, recovery=make_recovery_settings(**{**TRAINING, **changes}))
+
+
+def finish(request: AccelRequest, place: Path) -> Any:
+    outcome = run_accel(request, place)
+    assert outcome.result is not None, outcome.stopped
+    return outcome.result
+
+
+def weights(place: Path) -> dict[str, torch.Tensor]:
+    return load_file(place / "model.safetensors")
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def logged(place: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (place / "training.jsonl").read_text().splitlines()]
+
+
+def test_run_prunes_in_phases_trains_and_explains_itself(request_, text_file, tmp_path):
+    request = replace(request_, evaluate=str(text_file))
+    result = finish(request, tmp_path / "run")
+    phases = json.loads((tmp_path / "run" / "phases.json").read_text())
+    before = result.before.total
+    unit = find_anatomy(result.model).groups[0].unit_cost
+    for j, phase in enumerate(phases, 1):
+        wanted = before - round((before - result.target) * j / 3)
+        assert wanted - unit < phase["parameters"] <= wanted
+        assert phase["evaluation"]["perplexity"] > 1
+    lines = logged(tmp_path / "run")
+    assert [line["phase"] for line in lines] == [1] * 2 + [2] * 4 + [3] * 6
+    assert [line["tokens"] for line in lines] == [64 * (i + 1) for i in range(12)]
+    assert lines[-1]["loss"] < lines[0]["loss"]  # random weights learn letter frequencies at once
+    measured = result.measurements["perplexity"]
+    assert measured["after"] == phases[-1]["evaluation"]["perplexity"] < measured["before"]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["training"]["tokens"] == 768
+    names = {entry.name for entry in (tmp_path / "run").iterdir()}
+    assert {"README.md", "config.json", "recipe.yaml", "pruning.json", "run.json"} <= names
+    assert not names & {"checkpoints", ".result"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, result.model.get_parameter(name))
+
+
+def test_kept_units_refer_to_the_original_model(request_, tmp_path):
+    """With a learning rate of almost nothing, the weights left are rows of the original ones."""
+    settings = request_.settings.model_copy(update={"compensation": "none"})
+    request = with_training(replace(request_, settings=settings), learning_rate=1e-30)
+    result = finish(request, tmp_path / "run")
+    source = load_model(request.model)
+    for layer in range(3):
+        kept = result.kept[layer, "mlp"]
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert torch.equal(result.model.get_parameter(name), source.get_parameter(name)[kept])
+
+
+def test_one_phase_is_prune_then_train(request_, tmp_path):
+    """The cut of the only phase is that of `prune`, and training starts from it."""
+    request = with_training(request_, phases=1, learning_rate=1e-30)
+    result = finish(request, tmp_path / "run")
+    pruned = load_model(request.model)
+    text = request.settings.calibration
+    calibration = load_calibration(text, result.tokenizer, 12, 4).reseeded(7919)
+    prune(pruned, sparsity=0.4, calibration=calibration, settings=request.settings)
+    assert find_anatomy(pruned).widths == result.widths_after
+    assert len(result.steps) == 3
+
+
+def test_result_does_not_depend_on_the_micro_batch(request_, tmp_path):
+    finish(with_training(request_, per_device_train_batch_size=1), tmp_path / "one")
+    finish(with_training(request_, per_device_train_batch_size=4), tmp_path / "four")
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, four[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_gradient_checkpointing_changes_nothing(lora_rank, request_, tmp_path):
+    request_ = with_training(request_, lora_rank=lora_rank, lora_dropout=0.0)
+    settings = request_.settings.model_copy(update={"gradient_checkpointing": True})
+    finish(request_, tmp_path / "plain")
+    finish(replace(request_, settings=settings), tmp_path / "recomputed")
+    plain, recomputed = weights(tmp_path / "plain"), weights(tmp_path / "recomputed")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(tensor, recomputed[name], atol=1e-3, rtol=1e-3)
+
+
+def test_micro_batches_halve_when_memory_runs_out(request_, tmp_path, monkeypatch):
+    original, sizes = training.PhaseTraining._try, []
+
+    def scarce(self, size, *args):
+        sizes.append(size)
+        if size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, size, *args)
+
+    monkeypatch.setattr(training.PhaseTraining, "_try", scarce)
+    finish(with_training(request_, phases=1), tmp_path / "run")
+    assert sizes[-1] == 1
+    assert sizes[0] > 1
+
+
+def test_moments_are_carried_or_reset(request_, tmp_path, monkeypatch):
+    seen: list[int] = []
+    original = training.PhaseTraining.__init__
+
+    def watch(self, accelerator, model, moments, *rest):
+        seen.append(len(moments))
+        original(self, accelerator, model, moments, *rest)
+
+    monkeypatch.setattr(training.PhaseTraining, "__init__", watch)
+    finish(request_, tmp_path / "carried")
+    finish(with_training(request_, moments="reset"), tmp_path / "reset")
+    assert seen[0] == seen[3] == seen[4] == seen[5] == 0
+    assert seen[1] == seen[2] > 0
+
+
+def test_teacher_that_stored_all_its_logits_teaches_like_one_that_runs_along(request_, tmp_path):
+    options = {"alpha": 0.7, "temperature": 1.5}
+    finish(with_training(request_, phases=1, **options), tmp_path / "online")
+    finish(with_training(request_, phases=1, **options, teacher_top_k=128), tmp_path / "stored")
+    finish(with_training(request_, phases=1), tmp_path / "none")
+    online, stored, none = (weights(tmp_path / n) for n in ("online", "stored", "none"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(online[name], stored[name], atol=2e-3, rtol=0)
+    assert (online[name] - none[name]).abs().max() > 5e-3
+
+
+def test_lora_is_merged_into_plain_weights(request_, tmp_path):
+    result = finish(with_training(request_, lora_rank=2), tmp_path / "run")
+    assert type(result.model).__name__ == "LlamaForCausalLM"
+    assert logged(tmp_path / "run")[-1]["loss"] < logged(tmp_path / "run")[0]["loss"]
+    with pytest.raises(InvalidSettings, match="lora_rank"):
+        finish(with_training(request_, lora_rank=2, sharding="fsdp2"), tmp_path / "no")
+
+
+def test_dynamic_mixture_moves_towards_the_harder_domain(request_, text_file, tmp_path):
+    hard = tmp_path / "hard.txt"
+    hard.write_text("\n<|endoftext|>\n".join(["qzxj kvw " * 40] * 30))
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(
+        f"policy: dynamic\nreference_losses: {{easy: 20, hard: 0.1}}\nsources:\n"
+        f"- {{name: easy, path: '{text_file}', weight: 1}}\n"
+        f"- {{name: hard, path: '{hard}', weight: 1}}\n"
+    )
+    request = with_training(replace(request_, data=str(mixture)), reweight_every=2)
+    drawn = finish(request, tmp_path / "run").training["windows_of_domain"]
+    assert sum(drawn.values()) == 48
+    assert drawn["hard"] > 2 * drawn["easy"]
+
+
+# Resume.
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run `work` in a fork; the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def kill_at(place: Any, name: str, call: int, before_it: bool) -> None:
+    """Make this process die at the given call of a function, before or after what it does."""
+    original, count = getattr(place, name), [0]
+
+    def deadly(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call and before_it:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(place, name, deadly)
+
+
+def half_a_file(tensors, file, *args) -> None:
+    Path(file).write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLS: dict[str, Callable[[], None]] = {
+    "while data are tokenised": lambda: kill_at(_domains().DomainCache, "_pack", 1, True),
+    "when data are there": lambda: kill_at(_domains().DomainCache, "_pack", 1, False),
+    "inside the first cut": lambda: kill_at(_slicing(), "cut_group", 2, False),
+    "inside the second cut": lambda: kill_at(_slicing(), "cut_group", 9, False),
+    "between cut and training": lambda: kill_at(Run, "cut", 2, False),
+    "in a step of the first phase": lambda: kill_at(training.PhaseTraining, "step", 2, True),
+    "after a step of the second": lambda: kill_at(training.PhaseTraining, "step", 4, False),
+    "between log and checkpoint": lambda: kill_at(Run, "_log", 8, False),
+    "inside a checkpoint": lambda: setattr(state, "save_file", half_a_file),
+    "before a checkpoint has its name": lambda: kill_at(state, "write_json", 3, False),
+    "after the last checkpoint": lambda: kill_at(state.RunDirectory, "save", 7, False),
+    "while the result is written": lambda: kill_at(_finish(), "save_result", 1, False),
+    "while the result is moved": lambda: kill_at(_finish(), "_rename", 3, False),
+}
+
+
+def _domains():
+    from adapt_pruner.data import domains
+
+    return domains
+
+
+def _slicing():
+    from adapt_pruner import slicing
+
+    return slicing
+
+
+def _finish():
+    from adapt_pruner.recovery import finish
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama, text_file, tmp_path_factory) -> Path:
+    """The directory of a run that nobody disturbed."""
+    place = tmp_path_factory.mktemp("uninterrupted") / "run"
+    os.environ["ADAPT_PRUNER_CACHE"] = str(place.parent / "cache")
+    settings = make_settings(calibration=str(text_file), windows=4, window_length=12, steps=3)
+    recovery = make_recovery_settings(**TRAINING)
+    run_accel(
+        AccelRequest(
+            str(llama), str(text_file), 768, settings, recovery, sparsity=0.4, save_steps=3
+        ),
+        place,
+    )
+    return place
+
+
+@pytest.mark.parametrize("where", list(KILLS))
+def test_killed_run_goes_on_to_the_same_weights(
+    where, request_, uninterrupted, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "run"
+
+    def dies() -> None:
+        KILLS[where]()
+        run_accel(request_, place)
+
+    assert in_child(dies) == signal.SIGKILL
+    assert not (place / "run.json").exists()
+    finish(request_, place)
+    assert_equal(place, uninterrupted)
+    losses = [(line["step"], line["loss"]) for line in logged(place)]
+    assert losses == [(line["step"], line["loss"]) for line in logged(uninterrupted)]
+    assert not [entry for entry in place.rglob("*") if "partial" in entry.name]
+
+
+@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"alpha": 0.5, "teacher_top_k": 8}])
+def test_killed_run_of_other_kinds_goes_on_to_the_same_weights(changes, request_, tmp_path):
+    request = with_training(request_, **changes)
+    finish(request, tmp_path / "whole")
+
+    def dies() -> None:
+        kill_at(training.PhaseTraining, "step", 5, True)
+        run_accel(request, tmp_path / "killed")
+
+    assert in_child(dies) == signal.SIGKILL
+    finish(request, tmp_path / "killed")
+    assert_equal(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_stop_after_and_go_on(request_, uninterrupted, tmp_path):
+    place = tmp_path / "run"
+    outcome = run_accel(replace(request_, stop_after=1), place)
+    assert outcome.result is None
+    assert "after phase 1 of 3" in outcome.stopped
+    (checkpoint,) = (place / "checkpoints").iterdir()
+    AutoModelForCausalLM.from_pretrained(checkpoint)
+    finish(request_, place)
+    assert_equal(place, uninterrupted)
+    assert "finished" in run_accel(request_, place).stopped
+
+
+def test_budgets_of_time_and_loss(request_, text_file, tmp_path):
+    stopped = run_accel(replace(request_, max_hours=1e-9), tmp_path / "time")
+    assert "hours are over" in stopped.stopped
+    limited = replace(request_, evaluate=str(text_file), max_loss=0.01)
+    assert "above 0.01" in run_accel(limited, tmp_path / "loss").stopped
+    finish(replace(request_, evaluate=str(text_file)), tmp_path / "loss")
+
+
+def test_resume_with_other_settings_says_which(request_, tmp_path):
+    run_accel(replace(request_, stop_after=1), tmp_path / "run")
+    with pytest.raises(InvalidSettings, match=r"learning_rate: 0\.003 became 0\.001"):
+        run_accel(with_training(request_, learning_rate=1e-3), tmp_path / "run")
+    finish(replace(with_training(request_, learning_rate=1e-3), overwrite=True), tmp_path / "run")
+
+
+def test_other_directories_are_not_touched(request_, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(WritingError, match="holds no run"):
+            run_accel(replace(request_, overwrite=overwrite), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+# What goes wrong.
+
+
+def test_loss_that_is_not_a_number_stops_the_run(request_, tmp_path, monkeypatch):
+    original, count = training.loss_sums, [0]
+
+    def spoilt(*args):
+        count[0] += 1
+        total, windows = original(*args)
+        return (total * float("nan"), windows) if count[0] > 9 else (total, windows)
+
+    monkeypatch.setattr(training, "loss_sums", spoilt)
+    with pytest.raises(NonFiniteError, match=r"at step 10 \(phase 3\).*--learning-rate"):
+        run_accel(with_training(request_, per_device_train_batch_size=4), tmp_path / "run")
+    monkeypatch.setattr(training, "loss_sums", original)
+    finish(with_training(request_, per_device_train_batch_size=4), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": None, "params": 10**9}, "above the model's"),
+        ({"sparsity": 0.999}, "below what is possible"),
+        ({"tokens": 100}, "need at least one each"),
+        ({"max_loss": 1.0}, "needs a text"),
+        ({"teacher": "x"}, "would not be used with alpha 0"),
+        ({"data": "no-such-file.txt"}, "no-such-file.txt"),
+        ({"model": "./no-such-model"}, "no model directory"),
+        ({"report_to": ("tensorbord",)}, "tensorbord"),
+    ],
+)
+def test_bad_requests(changes, message, request_, tmp_path):
+    with pytest.raises(AdaptPrunerError, match=message):
+        run_accel(replace(request_, **changes), tmp_path / "run")
+
+
+def test_teacher_of_another_vocabulary(request_, tokenizer, tmp_path):
+    build("llama", torch.float32, vocab_size=140).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    request = with_training(replace(request_, teacher=str(tmp_path / "teacher")), alpha=0.5)
+    with pytest.raises(InvalidSettings, match="vocabulary of 140"):
+        run_accel(request, tmp_path / "run")
+
+
+# Through the command line.
+
+
+def test_command_line(cli, llama, text_file, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {llama}\ndata: {text_file}\ncalibration: {text_file}\ntokens: 1K\nsparsity: 0.3\n"
+        "sequence_length: 16\nbatch_tokens: 64\nwindows: 4\nwindow_length: 12\nrepeat: true\n"
+    )
+    arguments = ("accel", "--recipe", recipe, "--phases", 2, "--learning-rate", 0.003)
+    planned = cli(*arguments, "--dry-run")
+    assert planned.status == 0, planned.err
+    assert "in 2 phases; 960 tokens in steps of 64" in planned.out
+    done = cli(*arguments, "-o", tmp_path / "run")
+    assert done.status == 0, done.err
+    assert "phase 2/2" in done.err
+    assert "decoder layers" in done.out
+    again = cli("accel", "--recipe", tmp_path / "run" / "recipe.yaml", "-o", tmp_path / "again")
+    assert again.status == 0, again.err
+    assert_equal(tmp_path / "again", tmp_path / "run")
+    finished = cli(*arguments, "-o", tmp_path / "run")
+    assert finished.status == 0
+    assert "finished" in finished.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", "1K"), "Say --data"),
+        (("--data", "x"), "Say --tokens"),
+        (("--tokens", "lots", "--data", "x"), "expected a count"),
+        (("--phase", 3), "Did you mean '--phases'"),
+        (("--growth", "quadratic"), "no 'quadratic'"),
+    ],
+)
+def test_command_line_says_what_is_wrong(cli, llama, tmp_path, arguments, message):
+    outcome = cli("accel", llama, "-o", tmp_path / "run", "--sparsity", 0.3, *arguments)
+    assert outcome.status != 0
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_outcome_says_nothing_by_default():
+    assert AccelOutcome(None).stopped == ""
