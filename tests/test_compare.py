@@ -104,6 +104,10 @@ class TestArithmetic:
             r"| b\|2 | 20% | 6.00 (n=1) | **75.00 (n=1)** |",
         ]
 
+    def test_metrics_of_one_task_are_told_apart(self):
+        found = tables({}, {ACCURACY: 0.5, Metric("PIQA", "acc", True): 0.4})
+        assert found.markdown().startswith("| method | sparsity | PIQA acc norm | PIQA acc |\n")
+
     def test_latex_is_escaped(self, two):
         lines = two.latex().splitlines()
         assert r"a\_1 &  & \textbf{5.50 $\pm$ 2.12} & 1,234 (n=1) & 2.3 \\" in lines

@@ -165,7 +165,7 @@ class ComparisonView(ComparisonListener):
         self.table = comparison_table(tables)
         if not self.quiet and not self.interactive:
             found = [(metric, metric.find(result.scores)) for metric in tables.shown]
-            said = ", ".join(f"{m.label} {m.written(s.value)}" for m, s in found if s)
+            said = ", ".join(f"{tables.label(m)} {m.written(s.value)}" for m, s in found if s)
             how = "from the cache" if result.was_cached else f"{result.seconds:.1f} s"
             err.print(
                 f"{self.done} of {self.count}: {result.cell}: {said or result.error} ({how})",
@@ -181,7 +181,9 @@ def comparison_table(tables: Tables) -> Table:
     for head in heads[1:]:
         table.add_column(head, justify="right", overflow="fold")
     for name, figures in rows:
-        cells = [Text(figure.text, "bold" if figure.is_best else "") for figure in figures]
+        texts = [figure.text.replace(" ± ", "±") for figure in figures]
+        styles = ["bold" if figure.is_best else "" for figure in figures]
+        cells = [Text(*cell) for cell in zip(texts, styles, strict=True)]
         table.add_row(Text(name), *cells)
     return table
 

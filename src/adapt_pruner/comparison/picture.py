@@ -48,7 +48,7 @@ def draw_sizes(tables: Tables, metrics: Sequence[Metric]) -> Any:
         axis.plot(*zip(*front, strict=True), color="#d7dde4", linewidth=7, zorder=0,
                   solid_capstyle="round", label="Pareto front")  # fmt: skip
         axis.plot(*start, "*", color="#222", markersize=11, label="dense", zorder=4)
-        _label(axis, metric)
+        _label(axis, metric, tables.label(metric))
         axis.xaxis.set_major_formatter(_short)
     axes[0].legend(frameon=False, fontsize=8, ncols=2)
     axes[-1].set_xlabel("parameters")
@@ -73,7 +73,7 @@ def draw_sweep(tables: Tables, metrics: Sequence[Metric], name: str) -> Any:
             if line:
                 label = f"{sparsity:.0%}" + (f" {family}" if several else "")
                 _errorbar(axis, sorted(line), number, label)
-        _label(axis, metric)
+        _label(axis, metric, tables.label(metric))
     axes[0].legend(frameon=False, fontsize=8, ncols=3)
     axes[-1].set_xlabel(name.replace("_", " "))
     return figure
@@ -120,12 +120,12 @@ def _errorbar(axis: Any, line: list[tuple[float, float, float]], number: int, la
     )  # fmt: skip
 
 
-def _label(axis: Any, metric: Metric) -> None:
+def _label(axis: Any, metric: Metric, label: str) -> None:
     from matplotlib.ticker import LogLocator
 
     better = "higher" if metric.higher_is_better else "lower"
     percent = ", %" if metric.is_share else ""
-    axis.set_ylabel(f"{metric.label}{percent}\n({better} is better)", fontsize=9)
+    axis.set_ylabel(f"{label}{percent}\n({better} is better)", fontsize=9)
     if not metric.is_share:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

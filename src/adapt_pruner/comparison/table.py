@@ -55,10 +55,6 @@ class Metric:
         """Whether it is shown in percent."""
         return "perplexity" not in self.metric and "bits_per" not in self.metric
 
-    @property
-    def label(self) -> str:
-        return self.name if self.is_share else f"{self.name} {self.metric.replace('_', ' ')}"
-
     def find(self, scores: Sequence[Score]) -> Score | None:
         return next((s for s in scores if (s.name, s.metric) == (self.name, self.metric)), None)
 
@@ -89,6 +85,13 @@ class Tables:
         self.shown = [metric for metric in self.metrics if metric.metric not in HIDDEN]
         self.variants, self.sparsities = request.variants, request.sparsities
         self.num_seeds = len(request.seeds)
+
+    def label(self, metric: Metric) -> str:
+        """The name of a column; with what was measured, where it does not go without saying."""
+        names = [shown.name for shown in self.shown]
+        if metric.is_share and names.count(metric.name) == 1:
+            return metric.name
+        return f"{metric.name} {metric.metric.replace('_', ' ')}"
 
     def summary(self, variant: Variant, sparsity: float, metric: Metric) -> Summary | None:
         found = [metric.find(result.scores) for result in self.comparison.of(variant, sparsity)]
@@ -129,7 +132,7 @@ class Tables:
                 figures = [self.figure(variant, s, metric) for s in self.sparsities]
                 rows.append((variant.name, [Figure(""), *figures, self._seconds(variant)]))
             return heads, rows
-        heads = ["method", "sparsity", *(metric.label for metric in self.shown)]
+        heads = ["method", "sparsity", *map(self.label, self.shown)]
         figures = [Figure(m.written(s.value)) for m, s in zip(self.shown, dense, strict=True)]
         rows = [("dense", [Figure("0%"), *figures])]
         for sparsity, percent in zip(self.sparsities, self._percents(), strict=True):

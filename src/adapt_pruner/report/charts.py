@@ -184,10 +184,12 @@ def line(
     x_title: str,
     points: Sequence[tuple[float, float]],
     marks: Sequence[tuple[float, str]] = (),
+    smooth: Sequence[tuple[float, float]] = (),
     dotted: bool = False,
     reverse: bool = False,
 ) -> Markup:
-    """A curve. `marks` are vertical lines with a label; `reverse` lets x fall to the right."""
+    """A curve. `marks` are vertical lines with a label, `smooth` is drawn over the curve, and
+    `reverse` lets x fall to the right."""
     low_x = min(x for x, _ in [*points, *marks])
     high_x = max(x for x, _ in points)
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points), 4)
@@ -218,8 +220,11 @@ def line(
         "svg", width="100%", height=chart.height, viewBox=f"0 0 1000 {chart.height}",
         preserveAspectRatio="none", aria_hidden="true",
     )  # fmt: skip
-    path = " ".join(f"{10 * x_of(x):.1f},{y_of(y):.1f}" for x, y in thinned(points))
-    chart.add("polyline", inner, points=path, class_="curve", vector_effect="non-scaling-stroke")
+    for curve, kind in ((points, "faint" if smooth else "curve"), (smooth, "curve")):
+        if curve:
+            path = " ".join(f"{10 * x_of(x):.1f},{y_of(y):.1f}" for x, y in thinned(curve))
+            effect = "non-scaling-stroke"
+            chart.add("polyline", inner, points=path, class_=kind, vector_effect=effect)
     if dotted:
         for x, y in points:
             dot = chart.add("circle", cx=_percent(x_of(x)), cy=y_of(y), r=3.5, class_="after")

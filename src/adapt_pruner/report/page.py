@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from .. import __version__
 from ..formats import duration, figure, short
 from . import charts
 from .facts import Extras, Facts, Row, facts_of
-from .record import Run
+from .record import Run, TrainingStep
 
 GENERATOR = f"adapt-pruner {__version__}"
 MARK = '<meta name="generator" content="adapt-pruner'
@@ -121,8 +122,22 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
             "tokens trained on",
             [(step.tokens, step.loss) for step in run.training],
             [(phase.tokens_before, short(phase.parameters)) for phase in run.phases],
+            smooth=_running_mean(run.training),
         )
     return drawn
+
+
+def _running_mean(steps: Sequence[TrainingStep]) -> list[tuple[float, float]]:
+    """The loss averaged over the last steps of the same phase: a cut is a jump, not a slope."""
+    means: list[tuple[float, float]] = []
+    last, phase = deque[float](maxlen=max(1, min(200, len(steps) // 40))), 0
+    for step in steps:
+        if step.phase != phase:
+            last.clear()
+            phase = step.phase
+        last.append(step.loss)
+        means.append((float(step.tokens), sum(last) / len(last)))
+    return means
 
 
 def _overview(sections: Sequence[Section]) -> Markup | None:
