@@ -369,6 +369,17 @@ def test_other_directories_are_not_touched(request_, tmp_path):
 # What goes wrong.
 
 
+def test_refused_request_leaves_nothing_and_overwrite_loses_nothing(request_, tmp_path):
+    for _ in range(2):
+        with pytest.raises(AdaptPrunerError, match="larger than the data"):
+            run_accel(with_training(request_, repeat=False, phases=1), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    run_accel(replace(request_, stop_after=1), tmp_path / "run")
+    with pytest.raises(AdaptPrunerError, match=r"gone\.txt"):
+        run_accel(replace(request_, data="gone.txt", overwrite=True), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
 def test_loss_that_is_not_a_number_stops_the_run(request_, tmp_path, monkeypatch):
     original, count = training.loss_sums, [0]
 

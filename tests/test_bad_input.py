@@ -165,8 +165,8 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
-            (("prun",), "There is no command 'prun'. Did you mean 'prune'? Commands: prune, demo"),
-            (("zzz",), "There is no command 'zzz'. Commands: prune, demo"),
+            (("prun",), "There is no command 'prun'. Did you mean 'prune'? Commands: prune,"),
+            (("zzz",), "There is no command 'zzz'. Commands: prune,"),
             (("prune",), "Name a MODEL"),
             (("prune", "llama"), "Name the directory to write: -o DIR"),
             (("prune", "llama", "more", "-o", "out"), "unexpected extra argument (more)"),

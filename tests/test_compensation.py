@@ -187,4 +187,21 @@ def test_a_refit_from_the_inverse_is_the_direct_solution(number_gone, tokens):
     right_DK = (weight_DC @ system_CC)[:, keep_U]
     expected = torch.linalg.solve(system_CC[keep_U][:, keep_U], right_DK, left=False)
     result = refitted(weight_DC, 12, keep_U, gram_CC, ridge=0.01)
-    torch.testing.assert_close(result[:, keep_U], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result[:, keep_U], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1, 1e3])
+def test_a_float32_inverse_is_that_of_float64(scale):
+    # Few tokens, columns that nearly repeat each other, and one far larger than the rest.
+    generator = torch.Generator().manual_seed(0)
+    x_NC = torch.randn(100, 20, generator=generator) @ torch.randn(20, 300, generator=generator)
+    x_NC += 0.1 * torch.randn(100, 300, generator=generator)
+    x_NC[:, 7] *= scale
+    gram_CC = x_NC.T @ x_NC
+    exact = invert_gram(gram_CC.double(), ridge=0.01)
+    found = invert_gram(gram_CC.clone(), ridge=0.01)
+    assert found.matrix_CC.dtype == torch.float32
+    limit = 1e-3 * exact.matrix_CC.diagonal()
+    assert ((found.matrix_CC - exact.matrix_CC).diagonal().abs() <= limit).all()
+    error = (found.matrix_CC - exact.matrix_CC).norm() / exact.matrix_CC.norm()
+    assert error < 1e-3

@@ -134,8 +134,10 @@ class TestMixture:
     def test_missing(self):
         with pytest.raises(DataError, match=r"no mixture file 'no.yaml'"):
             read_mixture("no.yaml")
-        with pytest.raises(DataError, match=r"no text file or directory './adapt-lm'"):
-            read_mixture("./adapt-lm")
+        with pytest.raises(DataError, match=r"no text file or directory './nowhere'"):
+            read_mixture("./nowhere")
+        with pytest.raises(DataError, match=r"no mixture 'adapt-lm'\. Did you mean 'adapt-llm'"):
+            read_mixture("adapt-lm")
 
     def test_errors_are_of_one_family(self):
         assert issubclass(DataError, AdaptPrunerError)
@@ -347,7 +349,7 @@ class TestFormats:
         ("row", "format", "columns", "says"),
         [
             ({"body": "a", "id": 1}, "auto", {}, "'a' has none of the columns .* has body, id"),
-            ({"body": "a"}, "chat", {}, "needs .chat: messages or conversations .* it has body"),
+            ({"body": "a"}, "chat", {}, "needs .chat: messages.; it has body"),
             ({"body": "a"}, "auto", {"text": "bodi"}, "no column 'bodi' .*Did you mean 'body'"),
         ],
     )

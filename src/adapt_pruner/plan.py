@@ -95,7 +95,7 @@ def _memory(model, anatomy: Anatomy, settings, wants: Wants, dtype) -> dict[str,
         kept = hidden * len(per_layer) + max(per_layer)
     else:
         kept = sum(per_layer)
-    logits = model.config.vocab_size * (size + 3 * 4)
+    logits = model.config.vocab_size * size * 2  # and their gradient
     memory["activations of a micro-batch"] = tokens * (kept * size + logits)
     return memory
 
@@ -110,7 +110,7 @@ def _step_flops(anatomy: Anatomy, model, settings, wants: Wants, share: float) -
         flops += 2.0 * tokens * anatomy.layer_parameters * share
     if Wants.GRAM in wants:
         widths = [_columns(group) * share for group in anatomy.groups]
-        flops += sum(2.0 * tokens * width**2 + 2.0 * width**3 for width in widths)
+        flops += sum(1.25 * tokens * width**2 + width**3 for width in widths)
     return flops
 
 

@@ -40,7 +40,12 @@ class PruneSettings(BaseModel):
         Field(description="Refit output projections on the units that stay, in closed form."),
     ] = "refit"
     ridge: Annotated[
-        float, Field(gt=0, description="Strength of the refit's pull to the present weights.")
+        float,
+        Field(
+            gt=0,
+            description="Strength of the refit's pull to the present weights; residual-fisher "
+            "scores assume the same.",
+        ),
     ] = 0.01
     steps: Annotated[
         int,
@@ -238,7 +243,7 @@ def _make(settings: type[Settings], values: dict[str, Any]) -> Settings:
 
 
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
-    """Say in one sentence what pydantic found wrong first."""
+    """One sentence about the first problem that pydantic found."""
     problem = error.errors()[0]
     if problem["type"] == "value_error":  # of several settings together
         return f"{problem['msg'].removeprefix('Value error, ')}; got {problem['input']}."

@@ -2,8 +2,8 @@
 
 Whatever a method asks for (`Wants`) is gathered in the same pass. Each window contributes its mean
 loss per token; sums run over windows, so results do not depend on the micro-batch size. Where
-several processes run (torch.distributed), each takes its share of the windows, and the sums run over
-all of them, so that every process gets the same statistics.
+several processes run (torch.distributed), each takes its share of the windows, and the sums run
+over all of them, so that every process gets the same statistics.
 
 Shapes: B windows, T tokens, D hidden size, U units, K columns per unit, C = U * K columns.
 """

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write all figures to FILE.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress.")
 @options_of(BenchSettings)
 def command(
     models: tuple[str, ...],
     file: Path | None,
     trust_remote_code: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Measure what MODELs take: bytes, time and memory. Name the dense model first.
@@ -51,13 +53,9 @@ def command(
     loaded = [
         load_model(name, dtype, device, None, trust_remote_code, prunable=False) for name in models
     ]
-    costs = compare_costs(
-        loaded,
-        settings.prompt_tokens,
-        settings.new_tokens,
-        settings.repetitions,
-        settings.batch_size,
-    )
+    with console.TaskBar(quiet) as bar:
+        bar.on_task("rounds", 0, 1)
+        costs = compare_costs(loaded, settings, bar.on_progress)
     where = describe_device(loaded[0].device)
     dtypes = [str(model.dtype).removeprefix("torch.") for model in loaded]
     if file is not None:

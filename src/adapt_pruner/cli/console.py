@@ -26,6 +26,7 @@ from ..comparison import ComparisonListener
 from ..evaluation import EvaluationListener
 from ..formats import in_bytes as in_bytes
 from ..formats import short as short
+from ..recovery.request import AccelListener
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +124,8 @@ class TaskBar(EvaluationListener):
 
     def on_task(self, name: str, number: int, count: int) -> None:
         of = f" ({number + 1} of {count})" if count > 1 else ""
-        self.bar.reset(self.task, total=None, description=f"{self.prefix}{name}{of}")
+        self.bar.reset(self.task, description=f"{self.prefix}{name}{of}")
+        self.bar.tasks[self.task].total = None  # not known yet; `reset` would keep the last one
 
     def on_progress(self, done: int, total: int | None) -> None:
         self.bar.update(self.task, completed=done, total=total)
@@ -239,7 +241,7 @@ def show_plan(plan: Plan) -> None:
     out.print(f"time (estimate for this machine): {minutes} min {seconds} s")
 
 
-class TrainingProgress:
+class TrainingProgress(AccelListener):
     """A live bar over all tokens of a run, and a line per finished phase. Shown by the first of
     several processes. Use as a context manager."""
 
@@ -268,6 +270,11 @@ class TrainingProgress:
 
     def on_prepare(self, what: str) -> None:
         self.bar.update(self.task, description=what)
+
+    def on_data(self, lines: list[str]) -> None:
+        if self.is_shown:
+            for line in lines:
+                err.print(line, soft_wrap=True)
 
     def on_phase(self, phase: Phase, phases: tuple[Phase, ...]) -> None:
         self.phase, self.phases = phase.number, len(phases)

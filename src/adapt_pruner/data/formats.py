@@ -291,10 +291,10 @@ def detect(
             return Layout(name, {role: column for role, column in found.items() if column})
     has = ", ".join(sorted(row.values)) or "none"
     wanted = "; ".join(
-        f"{name}: {' and '.join(' or '.join(names) for names in FORMATS[name].required.values())}"
+        f"{name}: {' and '.join(names[0] for names in FORMATS[name].required.values())}"
         for name in candidates
     )
     raise DataError(
-        f"'{source}' has none of the columns that its format needs ({wanted}); it has {has}. "
+        f"'{source}' has none of the columns that a format needs ({wanted}); it has {has}. "
         "Say in a mixture file which is which, such as `columns: {text: body}`."
     )

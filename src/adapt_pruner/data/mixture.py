@@ -116,11 +116,11 @@ def read_mixture(source: str | Path | Mapping[str, Any] | Mixture) -> Mixture:
         file = Path(str(_SHIPPED / f"{name}.yaml"))
     if file.suffix in _SUFFIXES:
         return _make(_read_yaml(file), f"Mixture '{file}'", file.parent)
+    hint = near_match(file.name, shipped_mixtures())
+    if hint and file.name == name.removeprefix("./") and not file.exists():
+        raise DataError(f"There is no mixture '{name}'.{hint}")
     if name != EMBEDDED:
-        try:
-            local_path(name)
-        except DataError as error:
-            raise DataError(f"{error}{near_match(name, shipped_mixtures())}") from None
+        local_path(name)
     return _make({"sources": [{"path": name}]}, f"'{name}'", Path())
 
 

@@ -191,9 +191,10 @@ def _json_lines(file: Path) -> Iterator[Row]:
                     values = json.loads(line)  # bytes: a byte order mark is no error
                 except UnicodeDecodeError as error:
                     raise DataError(f"{place} is not UTF-8 text. Convert the file.") from error
-                except ValueError as error:
+                except json.JSONDecodeError as error:
                     raise DataError(
-                        f"{place} is not valid JSON: {error}. Correct the line, or leave it out."
+                        f"{place} is not valid JSON: {error.msg} (column {error.colno}). Correct "
+                        "the line, or leave it out."
                     ) from error
                 yield _row(values, place)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..settings import BenchSettings
 from .speed import Speed, compare_speed, fitting_prompt, generate, random_prompt
 
 
@@ -44,18 +45,19 @@ class Cost:
 @torch.no_grad()
 def compare_costs(
     models: Sequence[Any],
-    prompt_tokens: int = 256,
-    new_tokens: int = 32,
-    repetitions: int = 7,
-    batch_size: int = 1,
+    settings: BenchSettings | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Cost]:
     """Measure all models in one run; time is taken in turns (`compare_speed`).
 
     A prompt that some model could not read is shortened for all.
     """
-    models = list(models)
-    prompt_tokens = fitting_prompt(models, prompt_tokens, new_tokens)
-    speeds = compare_speed(models, prompt_tokens, new_tokens, repetitions, batch_size)
+    models, settings = list(models), settings or BenchSettings()
+    new_tokens, batch_size = settings.new_tokens, settings.batch_size
+    prompt_tokens = fitting_prompt(models, settings.prompt_tokens, new_tokens)
+    speeds = compare_speed(
+        models, prompt_tokens, new_tokens, settings.repetitions, batch_size, on_progress
+    )
     costs: list[Cost] = []
     for model, speed in zip(models, speeds, strict=True):
         flops = _prefill_flops(model, prompt_tokens, batch_size)

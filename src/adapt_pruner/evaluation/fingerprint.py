@@ -92,7 +92,7 @@ def of_rows(rows: Iterable[Any]) -> str:
 def versions(*packages: str) -> dict[str, str]:
     """Versions of this package, torch, transformers and others."""
     found = {"adapt-pruner": __version__, "torch": torch.__version__}
-    return {**found, **{name: version(name) for name in ("transformers", *packages)}}
+    return {**found, **{name: version(name) for name in ("transformers", "tokenizers", *packages)}}
 
 
 def _of_config(config: Any) -> dict[str, Any]:

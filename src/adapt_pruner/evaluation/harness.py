@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import io
+import json
 import logging
 import math
 import random
@@ -37,10 +38,18 @@ from ..data.calibration import check_vocabulary
 from ..errors import AdaptPrunerError, EvaluationError, NonFiniteError, near_match
 from ..settings import EvaluationSettings
 from . import fingerprint, task_data
+from .store import digest
 from .suites import SUITES, Benchmark
 
 SEEDS = (0, 1234, 1234, 1234)
 """lm-eval's defaults: python, numpy, torch, few-shot samples."""
+
+
+_ABOUT_DATA = {
+    "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split",
+    "test_split", "fewshot_split", "fewshot_config", "process_docs", "tag", "metadata",
+}  # fmt: skip
+"""Parts of a task's definition that act on the data alone, whose rows have their fingerprint."""
 
 
 @dataclass
@@ -161,8 +170,8 @@ def _load(
     manager: TaskManager, row: Wanted, is_local: bool, settings: EvaluationSettings
 ) -> Loaded:
     with _explained(row.name, "The data of", _hint(manager, row, is_local)), _hushed():
-        found = [manager.load([name]) for name in row.tasks]
-    parts = []
+        found: list[Any] = [manager.load([name]) for name in row.tasks]
+    parts: list[Any] = []
     for name, entry in zip(row.tasks, found, strict=True):
         # A tag stands for its tasks, a group for itself.
         parts += [entry["groups"][name]] if name in entry["groups"] else entry["tasks"].values()
@@ -205,6 +214,13 @@ def describe_data(task: Any, settings: EvaluationSettings) -> dict[str, Any]:
         "revision": revisions.pop() if len(revisions) == 1 else None,
         "fingerprint": fingerprint.of_rows(rows),
     }
+
+
+def definition_of(task: Any) -> str:
+    """Fingerprint of what turns a task's data into prompts, and answers into metrics."""
+    config = task.dump_config()
+    parts = {name: value for name, value in config.items() if name not in _ABOUT_DATA}
+    return digest(json.loads(json.dumps(parts, default=str)))
 
 
 def _limit(task: Any, settings: EvaluationSettings) -> int | None:

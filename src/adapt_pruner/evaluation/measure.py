@@ -29,6 +29,9 @@ from .suites import Suite, find_suites
 if TYPE_CHECKING:
     from .harness import Loaded, Wanted
 
+HUB_DOCUMENTS = 10_000
+"""Documents of a data set on the hub that are measured unless a limit says otherwise."""
+
 Paths = str | Path | Sequence[str | Path]
 
 
@@ -274,6 +277,7 @@ class _Run:
             **self.subject.key,
             "task": name,
             "task_version": task.VERSION,
+            "definition": harness.definition_of(task),
             "num_fewshot": task.get_config("num_fewshot"),
             "data": data["fingerprint"],
             "limit": self.settings.limit,
@@ -304,10 +308,7 @@ class _Run:
             )
         if stride > window:
             raise InvalidSettings(f"stride: the window has {window} tokens; got {stride}.")
-        documents = evaluation_texts(source, self.settings.text_column, None)
-        if self.settings.limit:
-            share = self.settings.limit * (len(documents) if self.settings.limit < 1 else 1)
-            documents = documents[: math.ceil(share)]
+        documents = self._documents(source)
         name = source if source == EMBEDDED else Path(source).name
         self.listener.on_task(name, 0, 1)
         key = {
@@ -342,6 +343,15 @@ class _Run:
             Score(name, "bits_per_byte", result["bits_per_byte"],
                   result["bits_per_byte"] * error / nats if nats else None, None, tokens, False),
         ]  # fmt: skip
+
+    def _documents(self, source: str) -> list[str]:
+        limit = self.settings.limit
+        whole = source == EMBEDDED or Path(source).expanduser().exists()
+        most = None if whole else HUB_DOCUMENTS
+        if limit and limit >= 1:
+            most = int(limit)
+        documents = evaluation_texts(source, self.settings.text_column, most)
+        return documents[: math.ceil(limit * len(documents))] if limit and limit < 1 else documents
 
     def _keep(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Record:
         record = self.store.read(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,15 @@ def compare_speed(
     new_tokens: int = 32,
     repetitions: int = 7,
     batch_size: int = 1,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Speed]:
     """Time all models in turns, so that a machine whose speed drifts treats them alike.
 
     The prompt is random; decoding continues from its cache, greedily, and never stops early.
+
+    Args:
+        prompt_tokens: tokens read; fewer if a model's context is too short.
+        on_progress: called with the rounds done and their number.
     """
     prompt_tokens = fitting_prompt(models, prompt_tokens, new_tokens)
     times: list[list[tuple[float, float]]] = [[] for _ in models]
@@ -47,6 +53,7 @@ def compare_speed(
             )
             if repetition:  # the first is a warm-up
                 record.append(measured)
+        on_progress(repetition, repetitions)
     return [_speed(record, times[0], prompt_tokens, new_tokens, batch_size) for record in times]
 
 
@@ -87,7 +94,9 @@ def random_prompt(model: Any, num_tokens: int, batch_size: int = 1) -> Tensor:
     return ids.to(embeddings.device)
 
 
-def generate(model: Any, ids: Tensor, new_tokens: int, on_first: Any = lambda: None) -> Any:
+def generate(
+    model: Any, ids: Tensor, new_tokens: int, on_first: Callable[[], None] = lambda: None
+) -> Any:
     """Read a prompt, then write greedily. Returns the cache."""
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(dim=-1)

@@ -105,7 +105,7 @@ def _definition(
 
 
 def _names(task: str, config: dict[str, Any]) -> list[str]:
-    """What a file with the data of a task may be called, the task's own name last resort first."""
+    """What a file with the data of a task may be called, in the order of preference."""
     data_set, part = config["dataset_path"].split("/")[-1], config.get("dataset_name")
     names = [DATA_NAMES.get(task, task), task]
     names += [f"{data_set}_{part}", part] if part else [data_set]
@@ -122,7 +122,7 @@ def _find(
         for name in _names(task, config):
             for suffix in FORMATS:
                 if file := files.get(_plain(f"{name}.{split}{suffix}")):
-                    return file
+                    return file.absolute()
     return None
 
 
@@ -136,7 +136,7 @@ def _is_of_task(file: Path, task: str, config: dict[str, Any]) -> bool:
 
 
 def _write_subject(file: Path, column: str, subject: str, directory: Path) -> Path:
-    rows = _rows_by(file, column).get(subject)
+    rows = _rows_by(file, column, file.stat().st_mtime_ns).get(subject)
     if not rows:
         raise EvaluationError(f"'{file}' has no row with '{subject}' in column '{column}'.")
     directory.mkdir(exist_ok=True)
@@ -146,7 +146,8 @@ def _write_subject(file: Path, column: str, subject: str, directory: Path) -> Pa
 
 
 @lru_cache(maxsize=8)
-def _rows_by(file: Path, column: str) -> dict[str, list[dict[str, Any]]]:
+def _rows_by(file: Path, column: str, changed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows by the value in a column; `changed` is when the file was, so that it is read anew."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(file):
         found.setdefault(str(row.get(column)), []).append(row)

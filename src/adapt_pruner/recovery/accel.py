@@ -21,7 +21,7 @@ from ..settings import PruneSettings
 from .finish import write_result
 from .launch import make_accelerator
 from .lora import add_lora, merge_lora
-from .materials import Materials, gather, reference_losses
+from .materials import Materials, gather, make_teacher, reference_losses
 from .moments import Moments, moment_cutter
 from .request import AccelListener, AccelOutcome, AccelRequest, check_together
 from .schedule import Phase, learning_rates, tokens_per_step
@@ -44,11 +44,14 @@ def run_accel(
     place, listener = RunDirectory(Path(output).expanduser()), listener or AccelListener()
     with ExitStack() as stack:
         accelerator = make_accelerator(request, place.directory, stack)
-        with accelerator.main_process_first():
-            place.open(request.recipe(), request.overwrite and accelerator.is_main_process)
-        if place.is_finished:
+        place.check(request.recipe(), request.overwrite)
+        if place.is_finished and not request.overwrite:
             return AccelOutcome(None, f"'{output}' holds this run already, finished.")
-        materials = gather(request, accelerator, place.directory, listener)
+        materials = gather(request, accelerator, listener)
+        with accelerator.main_process_first():
+            place.begin(request.recipe(), request.overwrite and accelerator.is_main_process)
+        if request.recovery.alpha:
+            materials.teacher = make_teacher(request, materials, place.directory, listener)
         run = Run(request, place, materials, listener)
         for phase in run.phases_left():
             run.cut(phase)
@@ -327,6 +330,7 @@ class Run:
                 "settings": self.recovery.model_dump(mode="json"),
                 "data": self.request.data,
                 "windows_of_domain": self.sampler.drawn,
+                "domains": {d.name: asdict(d.account) for d in self.materials.data.domains},
                 "phases": progress.phases,
             },
         )

@@ -74,10 +74,9 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
     return target, phases
 
 
-def gather(
-    request: AccelRequest, accelerator: Accelerator, directory: Path, listener: AccelListener
-) -> Materials:
-    """Read everything that `request` names; the first process does first what all need.
+def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListener) -> Materials:
+    """Read everything that `request` names but the teacher; the first process does first what all
+    need. Writes nothing but the cache of tokenised data.
 
     Raises:
         AdaptPrunerError: one of its kinds, for whatever is missing or does not fit.
@@ -107,7 +106,11 @@ def gather(
             exclude=recovery.exclude,
             seed=seed,
             vocab_size=vocab_size,
+            on_progress=lambda name, done, needed: listener.on_prepare(
+                f"tokenising {name}: {done / max(needed, 1):.0%}"
+            ),
         )
+    listener.on_data(data.describe())
     calibration = load_calibration(
         settings.calibration,
         tokenizer,
@@ -119,13 +122,10 @@ def gather(
         redraw=settings.redraw,
         vocab_size=vocab_size,
     )
-    materials = Materials(
+    return Materials(
         accelerator, tokenizer, model, stored_dtype(model), target, phases, data, calibration,
         texts, None, seed,
     )  # fmt: skip
-    if recovery.alpha:
-        materials.teacher = _teacher(request, materials, directory, listener)
-    return materials
 
 
 def _check_processes(request: AccelRequest, accelerator: Accelerator) -> None:
@@ -138,9 +138,14 @@ def _check_processes(request: AccelRequest, accelerator: Accelerator) -> None:
         )
 
 
-def _teacher(
+def make_teacher(
     request: AccelRequest, materials: Materials, directory: Path, listener: AccelListener
 ) -> Teacher:
+    """Load the teacher; with `teacher_top_k`, ask it first and write the answers to `directory`.
+
+    Raises:
+        InvalidSettings: if it has another vocabulary, or cannot be asked in advance.
+    """
     recovery, accelerator = request.recovery, materials.accelerator
     model = read_model(request, request.teacher or request.model, accelerator)
     check_vocabularies(materials.model, model)

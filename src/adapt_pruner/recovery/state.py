@@ -72,15 +72,23 @@ class RunDirectory:
     def is_finished(self) -> bool:
         return (self.directory / "run.json").is_file()
 
-    def open(self, request: dict[str, Any], overwrite: bool) -> None:
-        """Begin a run here, or go on with the one that is here.
+    def check(self, request: dict[str, Any], overwrite: bool) -> None:
+        """Look whether a run can begin or go on here.
 
         Raises:
             WritingError: if the directory holds something else.
             InvalidSettings: if it holds a run that was asked for in other words: which.
         """
-        file = self.directory / REQUEST_FILE
-        if file.is_file() and not overwrite:
+        place, file = self.directory, self.directory / REQUEST_FILE
+        if place.exists() and not place.is_dir():
+            raise WritingError(f"'{place}' is a file; name a directory.")
+        if not file.is_file():
+            if place.exists() and any(f.name != _partial(file).name for f in place.iterdir()):
+                raise WritingError(
+                    f"'{place}' exists, is not empty and holds no run of this command. Name "
+                    "another directory."
+                )
+        elif not overwrite:
             before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             changed = [
                 f"{key}: {before.get(key)!r} became {request.get(key)!r}"
@@ -89,23 +97,19 @@ class RunDirectory:
             ]
             if changed:
                 raise InvalidSettings(
-                    f"'{self.directory}' holds a run of other settings ({'; '.join(changed)}). Use "
-                    "the same to go on with it, name another directory, or pass --overwrite."
+                    f"'{place}' holds a run of other settings ({'; '.join(changed)}). Use the same "
+                    "to go on with it, name another directory, or pass --overwrite."
                 )
-            return
-        place = self.directory
-        if place.exists() and not place.is_dir():
-            raise WritingError(f"'{place}' is a file; name a directory.")
-        if place.exists() and any(f.name != _partial(file).name for f in place.iterdir()):
-            if not overwrite or not file.is_file():
-                raise WritingError(
-                    f"'{place}' exists, is not empty and holds no run of this command. Name "
-                    "another directory."
-                )
-            shutil.rmtree(place)
+
+    def begin(self, request: dict[str, Any], overwrite: bool) -> None:
+        """Make the directory that of this run; an earlier one goes only with `overwrite`."""
+        place, file = self.directory, self.directory / REQUEST_FILE
         try:
+            if overwrite and place.exists():
+                shutil.rmtree(place)
             place.mkdir(parents=True, exist_ok=True)
-            _write_whole(file, yaml.safe_dump(request, sort_keys=False))
+            if not file.is_file():
+                _write_whole(file, yaml.safe_dump(request, sort_keys=False))
         except OSError as error:
             raise WritingError(f"'{place}' cannot be written to: {error.strerror}.") from error
 
