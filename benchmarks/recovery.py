@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def run(arguments, changes: dict, seed: int, measure) -> dict:
-    settings = make_settings(calibration=arguments.data, seed=seed)
+    settings = make_settings(calibration=arguments.data, seed=seed, windows=128)
     rate = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
     recovery = make_recovery_settings(**{**BASE, **rate, **changes})
     request = AccelRequest(

@@ -207,6 +207,12 @@ def test_dynamic_mixture_moves_towards_the_harder_domain(request_, text_file, tm
     assert drawn["hard"] > 2 * drawn["easy"]
 
 
+def test_trackers_are_reported_to(request_, tmp_path):
+    pytest.importorskip("tensorboard")
+    finish(replace(request_, report_to=("tensorboard",)), tmp_path / "run")
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
 # Resume.
 
 
@@ -372,7 +378,7 @@ def test_other_directories_are_not_touched(request_, tmp_path):
 def test_refused_request_leaves_nothing_and_overwrite_loses_nothing(request_, tmp_path):
     for _ in range(2):
         with pytest.raises(AdaptPrunerError, match="larger than the data"):
-            run_accel(with_training(request_, repeat=False, phases=1), tmp_path / "run")
+            run_accel(with_training(replace(request_, tokens=10**6), repeat=False), tmp_path / "run")
         assert not (tmp_path / "run").exists()
     run_accel(replace(request_, stop_after=1), tmp_path / "run")
     with pytest.raises(AdaptPrunerError, match=r"gone\.txt"):

@@ -19,7 +19,7 @@ from ..errors import NonFiniteError
 from ..run import measure, protocol
 from ..settings import PruneSettings
 from .finish import write_result
-from .launch import make_accelerator
+from .launch import make_accelerator, start_trackers
 from .lora import add_lora, merge_lora
 from .materials import Materials, gather, make_teacher, reference_losses
 from .moments import Moments, moment_cutter
@@ -50,6 +50,7 @@ def run_accel(
         materials = gather(request, accelerator, listener)
         with accelerator.main_process_first():
             place.begin(request.recipe(), request.overwrite and accelerator.is_main_process)
+        start_trackers(accelerator, request, stack)
         if request.recovery.alpha:
             materials.teacher = make_teacher(request, materials, place.directory, listener)
         run = Run(request, place, materials, listener)

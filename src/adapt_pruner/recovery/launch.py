@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(request: AccelRequest, directory: Path, stack: ExitStack) -> Accelerator:
-    """The processes of this run; trackers and state are closed when `stack` is.
+    """The processes of this run; their state is closed when `stack` is.
 
     Raises:
         InvalidSettings: for a device or tracker that is not there.
@@ -52,9 +52,13 @@ def make_accelerator(request: AccelRequest, directory: Path, stack: ExitStack) -
         project_dir=directory,
     )
     stack.callback(AcceleratorState._reset_state)
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, request: AccelRequest, stack: ExitStack) -> None:
+    """Begin to report; some trackers write into the run's directory at once."""
     if request.report_to:
         recipe = request.recipe()
         plain = {k: v for k, v in recipe.items() if isinstance(v, int | float | str | bool)}
         accelerator.init_trackers("adapt-pruner", config=plain)
         stack.callback(accelerator.end_training)
-    return accelerator
