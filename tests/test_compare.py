@@ -302,6 +302,16 @@ class TestRuns:
         assert saved["settings"]["windows"] == 4
         assert values(third) == values(first) != values(second)
 
+    def test_damaged_model_is_replaced(self, request_of, store, tmp_path, pruned):
+        asked = request_of(save_to=tmp_path / "models", seeds=[0])
+        grid.compare(asked, store)
+        weights = tmp_path / "models" / "best-0.3-seed0" / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:100])
+        grid.compare(asked, store)
+        assert weights.read_bytes() == whole
+        assert len(pruned) == 3
+
     def test_several_texts_have_a_geometric_mean(self, request_of, store, text_file, tmp_path):
         other = tmp_path / "other.txt"
         other.write_text("and the " * 40)
@@ -377,6 +387,11 @@ class TestCommand:
 
     def test_nothing_to_measure_by(self, compare):
         assert "name a text with --evaluate, a --suite or --tasks" in compare().err
+
+    def test_texts_of_one_name(self, compare, text_file, tmp_path):
+        other = tmp_path / text_file.name
+        other.write_text("the of")
+        assert "Two texts are called" in compare("--evaluate", text_file, "--evaluate", other).err
 
     @pytest.mark.parametrize(
         "content", ["- a\n", "a: 3\n", "a: {steps: [}\n", "a: {stepps: 3}\n", ""]

@@ -243,6 +243,7 @@ class TestBadInput:
             ("run.json", "[]", "run.json' is not what a run writes"),
             ("run.json", '{"format": 2}', "format: Input should be 1"),
             ("config.json", "", "config.json' cannot be read"),
+            ("recipe.yaml", "a: [", "recipe.yaml' is not YAML"),
             ("pruning.json", '{"layers": 3}', "pruning.json' is not what a run writes: layers"),
             ("phases.json", '[{"phase": 1}]', "phases.json' is not what a run writes"),
             ("training.jsonl", "{}\n{}\n", "Line 1 of"),

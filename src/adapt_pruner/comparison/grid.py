@@ -16,7 +16,7 @@ from ..api import PruningResult, check_window_length, prune
 from ..checkpoint import save_result
 from ..data import CalibrationData
 from ..data.calibration import load_documents
-from ..errors import InvalidSettings, NonFiniteError
+from ..errors import InvalidSettings, LoadingError, NonFiniteError
 from ..evaluation import Evaluation, ResultStore, Score, evaluate, fingerprint
 from ..evaluation.measure import Subject
 from ..loading import empty_model, load_model, load_tokenizer, resolve_device
@@ -134,10 +134,15 @@ def _check(request: ComparisonRequest) -> None:
         raise InvalidSettings(
             "There is nothing to measure by; name a text with --evaluate, a --suite or --tasks."
         )
-    names = [variant.name for variant in request.variants]
-    for name in names:
-        if names.count(name) > 1:
-            raise InvalidSettings(f"Two methods are called '{name}'; give each a name of its own.")
+    for what, names in (
+        ("methods", [variant.name for variant in request.variants]),
+        ("texts", [Path(text).name for text in request.text]),
+    ):
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidSettings(
+                    f"Two {what} are called '{name}'; their columns could not be told apart."
+                )
 
 
 class _Runner:
@@ -264,9 +269,13 @@ class _Runner:
         }
 
     def _is_saved(self, place: Path, known: dict[str, Any]) -> bool:
+        """Whether that very model is there, whole: not one of another run, nor a damaged one."""
         if not (place / "run.json").is_file():
             return False
-        return fingerprint.of_name(str(place), self.tokenizer) == known["fingerprint"]
+        try:
+            return fingerprint.of_name(str(place), self.tokenizer) == known["fingerprint"]
+        except LoadingError:
+            return False
 
     def _place(self, cell: Cell) -> Path | None:
         if self.request.save_to is None:

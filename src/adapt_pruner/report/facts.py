@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import LoadingError
 from ..formats import change, duration, figure, in_bytes, short
 from .record import Run
 
@@ -87,7 +88,10 @@ def facts_of(run: Run, speed: dict[str, tuple[float, float]] | None = None) -> F
 
 def dense_model(run: Run) -> str | None:
     """Name or directory of the model that was pruned, as it was given."""
-    recipe = yaml.safe_load(run.recipe) if run.recipe else None
+    try:
+        recipe = yaml.safe_load(run.recipe)
+    except yaml.YAMLError as error:
+        raise LoadingError(f"'{run.directory / 'recipe.yaml'}' is not YAML; restore it.") from error
     named = recipe.get("model") if isinstance(recipe, dict) else None
     return named or run.record.source_model
 
@@ -207,7 +211,8 @@ def _parts(run: Run) -> list[dict[str, Any]]:
     record = run.record
     if not record.unit_parameters:
         return []
-    parts, all_cut = [], record.before.total - record.after.total
+    parts: list[dict[str, Any]] = []
+    all_cut = record.before.total - record.after.total
     for name, label in KINDS.items():
         layers = [i for i, costs in enumerate(record.unit_parameters) if name in costs]
         if not layers:
@@ -217,16 +222,16 @@ def _parts(run: Run) -> list[dict[str, Any]]:
             sum(widths[i][name] * record.unit_parameters[i][name] for i in layers)
             for widths in _both(run)
         ]
-        share = (size[0] - size[1]) / all_cut if all_cut else 0.0
-        parts.append(
-            {"label": label, "units": units, "parameters": size, "share_of_cut": f"{share:.1%}"}
-        )
+        parts.append({"label": label, "units": units, "parameters": size})
     other = [
         total - sum(part["parameters"][i] for part in parts)
         for i, total in enumerate((record.before.total, record.after.total))
     ]
-    label = "embeddings, norms and others"
-    return [*parts, {"label": label, "units": None, "parameters": other, "share_of_cut": "0.0%"}]
+    parts.append({"label": "embeddings, norms and others", "units": None, "parameters": other})
+    for part in parts:
+        old, new = part["parameters"]
+        part["share_of_cut"] = f"{(old - new) / all_cut if all_cut else 0:.1%}"
+    return parts
 
 
 def _extremes(run: Run) -> str:
