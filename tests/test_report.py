@@ -223,6 +223,31 @@ class TestSamples:
         assert page.said.count("the of") == 1
 
 
+def evaluated(file, model, parameters, value):
+    scores = [{"name": "PIQA", "metric": "acc_norm", "value": value, "stderr": 0.01}]
+    return {"model": str(model), "parameters": parameters, "scores": scores}
+
+
+class TestEvaluation:
+    def test_scores_before_and_after(self, cli, run, llama, tmp_path):
+        record, file = read_run(run).record, tmp_path / "scores.json"
+        models = [evaluated(file, llama, record.before.total, 0.75),
+                  evaluated(file, run, record.after.total, 0.5)]  # fmt: skip
+        file.write_text(json.dumps({"format": 1, "models": models}))
+        assert cli("report", run, "--evaluation", file).status == 0
+        said = Page((run / "report.html").read_text()).said
+        assert "PIQA acc norm % 75.00 ± 1.00 50.00 ± 1.00 −25.00" in said
+
+    @pytest.mark.parametrize("other", ["elsewhere", "run"])
+    def test_results_of_another_model_are_not_shown(self, cli, run, tmp_path, other):
+        file = tmp_path / "scores.json"
+        models = [evaluated(file, run.parent / other, 12345, 0.5)]
+        file.write_text(json.dumps({"format": 1, "models": models}))
+        done = cli("report", run, "--evaluation", file)
+        assert done.status == 1
+        assert "has no results of" in done.err
+
+
 class TestBadInput:
     def refused(self, cli, *arguments) -> str:
         done = cli("report", *arguments)
@@ -240,12 +265,12 @@ class TestBadInput:
         ("file", "content", "says"),
         [
             ("run.json", "{", "run.json' cannot be read"),
-            ("run.json", "[]", "run.json' is not what a run writes"),
+            ("run.json", "[]", "run.json' is not what it should be"),
             ("run.json", '{"format": 2}', "format: Input should be 1"),
             ("config.json", "", "config.json' cannot be read"),
             ("recipe.yaml", "a: [", "recipe.yaml' is not YAML"),
-            ("pruning.json", '{"layers": 3}', "pruning.json' is not what a run writes: layers"),
-            ("phases.json", '[{"phase": 1}]', "phases.json' is not what a run writes"),
+            ("pruning.json", '{"layers": 3}', "pruning.json' is not what it should be: layers"),
+            ("phases.json", '[{"phase": 1}]', "phases.json' is not what it should be"),
             ("training.jsonl", "{}\n{}\n", "Line 1 of"),
         ],
     )

@@ -21,6 +21,10 @@ from ..errors import WritingError
     help="Tokens that each writes after a prompt.",
 )  # fmt: skip
 @click.option("--speed", is_flag=True, help="Measure prefill and decode of both models now.")
+@click.option(
+    "--evaluation", type=click.Path(path_type=Path), metavar="FILE",
+    help="Show the results that `adapt-pruner evaluate DENSE RUN --json FILE` wrote.",
+)  # fmt: skip
 @click.option("--dense", metavar="MODEL", help="The dense model, if it is no longer where it was.")
 @click.option("--device", default="auto", show_default=True, help="For --prompt and --speed.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT even if it is no report.")
@@ -31,6 +35,7 @@ def command(
     prompts: tuple[str, ...],
     max_new_tokens: int,
     speed: bool,
+    evaluation: Path | None,
     dense: str | None,
     device: str,
     overwrite: bool,
@@ -48,6 +53,7 @@ def command(
     from ..report.page import MARK, render
     from ..report.record import read_run
     from ..report.samples import Wanted, make_extras
+    from ..report.scores import score_rows
     from . import console
 
     output = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
@@ -61,7 +67,10 @@ def command(
     read = [read_run(directory) for directory in runs]
     resolve_device(device)
     wanted = Wanted(prompts, max_new_tokens, speed, dense, device, trust_remote_code)
+    scores = [score_rows(run, evaluation) if evaluation else [] for run in read]
     extras = [make_extras(run, wanted) for run in read]
+    for extra, rows in zip(extras, scores, strict=True):
+        extra.scores = rows
     write_atomically(output, render(read, extras))
     for run, extra in zip(read, extras, strict=True):
         if extra.missing_dense:

@@ -46,6 +46,8 @@ class Extras:
     speed: dict[str, tuple[float, float]] = field(default_factory=dict)
     """"prefill" and "decode" -> tokens per second before and after."""
     speed_note: str = ""
+    scores: list[Row] = field(default_factory=list)
+    """Results of benchmarks."""
 
 
 @dataclass
@@ -68,14 +70,20 @@ class Facts:
     serving: str
 
 
-def facts_of(run: Run, speed: dict[str, tuple[float, float]] | None = None) -> Facts:
-    """Gather them. `speed` as in `Extras`."""
+def facts_of(run: Run, extras: Extras | None = None) -> Facts:
+    """Gather them."""
+    extras = extras or Extras()
     source = run.record.base_model or Path(dense_model(run) or "a model in memory").name
     return Facts(
         run=run,
         source=source,
         sentences=_sentences(run, source),
-        rows=[*_size_rows(run), *_quality_rows(run), *_speed_rows(run, speed or {})],
+        rows=[
+            *_size_rows(run),
+            *_quality_rows(run),
+            *extras.scores,
+            *_speed_rows(run, extras.speed),
+        ],
         parts=_parts(run),
         layers=_layers(run),
         phases=_phases(run),

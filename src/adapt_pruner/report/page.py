@@ -67,8 +67,9 @@ def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
 
 
 def _section(run: Run, id: str, extras: Extras) -> Section:
-    facts = facts_of(run, extras.speed)
-    parts = ["size", *["quality"] * bool(run.record.measurements), *["speed"] * bool(extras.speed)]
+    facts = facts_of(run, extras)
+    measured = bool(run.record.measurements or extras.scores)
+    parts = ["size", *["quality"] * measured, *["speed"] * bool(extras.speed)]
     return Section(
         id=id,
         run=run,

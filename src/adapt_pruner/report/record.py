@@ -116,21 +116,21 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    groups = _parse(_PruningFile, pruning).layers if pruning.is_file() else {}
+    groups = parse(_PruningFile, pruning).layers if pruning.is_file() else {}
     phases = directory / "phases.json"
     return Run(
         directory=directory,
         name=name or directory.resolve().name,
-        record=_parse(RunRecord, directory / RUN_FILE),
+        record=parse(RunRecord, directory / RUN_FILE),
         recipe=_text(recipe) if recipe.is_file() else "",
-        config=_parse(dict[str, Any], directory / "config.json"),
+        config=parse(dict[str, Any], directory / "config.json"),
         kept_groups={
             layer: (kinds["attention"].units, kinds["attention"].kept)
             for layer, kinds in groups.items()
             if "attention" in kinds
         },
         training=_training_log(directory / "training.jsonl"),
-        phases=_parse(list[Phase], phases) if phases.is_file() else [],
+        phases=parse(list[Phase], phases) if phases.is_file() else [],
     )
 
 
@@ -151,14 +151,15 @@ def _training_log(file: Path) -> list[TrainingStep]:
     return [step for step in steps if math.isfinite(step.loss)]
 
 
-def _parse(kind: type[T], file: Path) -> T:
+def parse(kind: type[T], file: Path) -> T:
+    """Read a JSON file as `kind`, with an error that names the file and the place in it."""
     try:
         return TypeAdapter(kind).validate_python(read_json(file))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "its content"
         raise LoadingError(
-            f"'{file}' is not what a run writes: {place}: {problem['msg']}. It was damaged, or "
+            f"'{file}' is not what it should be: {place}: {problem['msg']}. It was damaged, or "
             "comes from another version; restore it, or make the run again."
         ) from error
 
