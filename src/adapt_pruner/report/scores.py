@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -34,6 +34,7 @@ class _Evaluated(BaseModel):
     model: str
     parameters: int
     scores: list[_Score]
+    settings: dict[str, Any] = {}
 
 
 class _File(BaseModel):
@@ -57,7 +58,9 @@ def score_rows(run: Run, file: Path) -> list[Row]:
     names = [name for name in (dense_model(run), run.record.source_model) if name]
     dense = _find(models, names, run.record.before.total)
     before = {(score.name, score.metric): score for score in dense.scores} if dense else {}
-    return [_row(score, before.get((score.name, score.metric))) for score in mine.scores]
+    limit = mine.settings.get("limit")
+    part = f"limit {limit:g}" if limit else ""
+    return [_row(score, before.get((score.name, score.metric)), part) for score in mine.scores]
 
 
 def _find(models: Sequence[_Evaluated], names: list[str], parameters: int) -> _Evaluated | None:
@@ -68,15 +71,15 @@ def _find(models: Sequence[_Evaluated], names: list[str], parameters: int) -> _E
     return None
 
 
-def _row(after: _Score, before: _Score | None) -> Row:
+def _row(after: _Score, before: _Score | None, part: str) -> Row:
     if before is None:
         moved = ""
     elif after.is_share:
         moved = f"{100 * (after.value - before.value):+.2f}".replace("-", "−")
     else:
         moved = change(before.value, after.value)
-    name = after.name if after.metric == "mean" else f"{after.name} {after.metric}"
-    note = "%" if after.is_share else ""
-    return Row(
-        name.replace("_", " "), before.written() if before else "–", after.written(), moved, note
+    name = (
+        after.name if after.metric == "mean" else f"{after.name} {after.metric.replace('_', ' ')}"
     )
+    note = ", ".join(["%"] * after.is_share + [part] * bool(part))
+    return Row(name, before.written() if before else "–", after.written(), moved, note)
