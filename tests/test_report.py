@@ -165,7 +165,7 @@ class TestFacts:
         )
 
     def test_run_without_quality(self, run):
-        edit(run / "run.json", measurements={}, protocol={})
+        edit(run / "run.json", measurements={}, protocol=None)
         assert "Its quality was not measured" in Page(render([read_run(run)])).said
 
     def test_record_of_an_earlier_version(self, run):
@@ -201,7 +201,8 @@ class TestFacts:
 
     def test_runs_on_other_text_are_not_drawn_together(self, pruned, run):
         protocol = read_run(run).record.protocol
-        edit(run / "run.json", protocol={**protocol, "text": "other.txt"})
+        assert protocol is not None
+        edit(run / "run.json", protocol={**protocol.model_dump(), "text": "other.txt"})
         assert Page(render([read_run(pruned), read_run(run)])).charts == 2 * 5
 
 

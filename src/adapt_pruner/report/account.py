@@ -52,7 +52,7 @@ def run_record(result: PruningResult) -> dict[str, Any]:
         "steps": [asdict(step) for step in result.steps],
         "seconds": result.seconds,
         "measurements": result.measurements,
-        "protocol": result.protocol,
+        "protocol": result.protocol or None,
         **({"training": result.training} if result.training else {}),
         "versions": versions(),
     }
@@ -162,7 +162,7 @@ def _front_matter(run: Run) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     record, told = run.record, run.record.protocol
-    text = Path(str(told.get("text", "held-out text"))).name
+    text = Path(told.text).name if told else "held-out text"
     results = [
         EvalResult(
             task_type="text-generation",
@@ -171,9 +171,7 @@ def _front_matter(run: Run) -> str:
             dataset_name=text,
             metric_type=METRICS.get(name, name),
             metric_value=pair["after"],
-            metric_name=f"{name} (window {told['window']}, stride {told['stride']})"
-            if told
-            else name,
+            metric_name=f"{name} (window {told.window}, stride {told.stride})" if told else name,
         )
         for name, pair in record.measurements.items()
     ]

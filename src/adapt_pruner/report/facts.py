@@ -121,7 +121,7 @@ def _sentences(run: Run, source: str) -> list[str]:
     if pair is None:
         return [first, "Its quality was not measured in this run."]
     verb = "rose" if pair["after"] > pair["before"] else "fell"
-    text = Path(str(record.protocol.get("text", "the held-out text"))).name
+    text = Path(record.protocol.text).name if record.protocol else "the held-out text"
     return [
         first,
         f"Perplexity on {text} {verb} from {figure(pair['before'])} to {figure(pair['after'])}.",
@@ -193,9 +193,10 @@ def _protocol(run: Run) -> str:
     told = run.record.protocol
     if not run.record.measurements or not told:
         return ""
+    most = f", at most {told.max_windows} of them" if told.max_windows else ""
     return (
-        f"Perplexity per token on {Path(str(told['text'])).name}: windows of {told['window']} "
-        f"tokens, stride {told['stride']}, at most {told['max_windows']} of them."
+        f"Perplexity per token on {Path(told.text).name}: windows of {told.window} tokens, stride "
+        f"{told.stride}{most}."
     )
 
 

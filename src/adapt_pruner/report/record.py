@@ -19,6 +19,15 @@ Widths = list[dict[str, int]]
 T = TypeVar("T")
 
 
+class Protocol(BaseModel):
+    """How quality was measured: `run.protocol`."""
+
+    text: str
+    window: int
+    stride: int
+    max_windows: int | None = None
+
+
 class Recovery(BaseModel):
     """What run.json says of recovery training."""
 
@@ -43,7 +52,7 @@ class RunRecord(BaseModel):
     steps: list[StepRecord] = []
     seconds: float
     measurements: dict[str, dict[Literal["before", "after"], float]] = {}
-    protocol: dict[str, Any] = {}
+    protocol: Protocol | None = None
     training: Recovery | None = None
     versions: dict[str, str] = {}
 
