@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--preset", default="best", help="of the pruning")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default=",".join(VARIANTS).replace(", ", "; "))
     parser.add_argument("--json", type=Path, required=True)
@@ -68,10 +69,7 @@ def main() -> None:
     chosen = [name.replace("; ", ", ") for name in arguments.only.split(",")]
     for seed in range(arguments.seeds):
         for name in chosen:
-            key = (
-                f"{arguments.model}|{arguments.sparsity}|{arguments.tokens}|"
-                f"{arguments.learning_rate}|{name}|{seed}"
-            )
+            key = f"{run_name(arguments)}|{name}|{seed}"
             if key in results["cells"]:
                 continue
             results["cells"][key] = run(arguments, VARIANTS[name], seed, measure)
@@ -80,8 +78,18 @@ def main() -> None:
     report(results, arguments, chosen)
 
 
+def run_name(arguments) -> str:
+    model = Path(arguments.model).name
+    return (
+        f"{model}|{arguments.preset}|{arguments.sparsity}|{arguments.tokens}|"
+        f"{arguments.learning_rate}"
+    )
+
+
 def run(arguments, changes: dict, seed: int, measure) -> dict:
-    settings = make_settings(calibration=arguments.data, seed=seed, windows=128)
+    settings = make_settings(
+        arguments.preset, calibration=arguments.data, seed=seed, windows=128
+    )
     rate = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
     recovery = make_recovery_settings(**{**BASE, **rate, **changes})
     request = AccelRequest(
@@ -109,10 +117,7 @@ def report(results: dict, arguments, chosen: list[str]) -> None:
         cells = [
             cell
             for key, cell in results["cells"].items()
-            if key.startswith(
-                f"{arguments.model}|{arguments.sparsity}|{arguments.tokens}|"
-                f"{arguments.learning_rate}|{name}|"
-            )
+            if key.startswith(f"{run_name(arguments)}|{name}|")
         ]
         found = [cell["perplexity"] for cell in cells]
         spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import adapt_pruner
 from adapt_pruner import find_anatomy, load_calibration, load_model, prune
 from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.recovery import state, training
 from adapt_pruner.recovery.accel import Run, run_accel
+from adapt_pruner.recovery.plan import plan_accel
 from adapt_pruner.recovery.request import AccelOutcome, AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
@@ -378,7 +380,9 @@ def test_other_directories_are_not_touched(request_, tmp_path):
 def test_refused_request_leaves_nothing_and_overwrite_loses_nothing(request_, tmp_path):
     for _ in range(2):
         with pytest.raises(AdaptPrunerError, match="larger than the data"):
-            run_accel(with_training(replace(request_, tokens=10**6), repeat=False), tmp_path / "run")
+            run_accel(
+                with_training(replace(request_, tokens=10**6), repeat=False), tmp_path / "run"
+            )
         assert not (tmp_path / "run").exists()
     run_accel(replace(request_, stop_after=1), tmp_path / "run")
     with pytest.raises(AdaptPrunerError, match=r"gone\.txt"):
@@ -425,6 +429,49 @@ def test_teacher_of_another_vocabulary(request_, tokenizer, tmp_path):
     request = with_training(replace(request_, teacher=str(tmp_path / "teacher")), alpha=0.5)
     with pytest.raises(InvalidSettings, match="vocabulary of 140"):
         run_accel(request, tmp_path / "run")
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_plan_of_8b_on_eight_gpus_needs_a_configuration_alone(tmp_path):
+    """docs/scale.md has the arithmetic; 80 GB per GPU are enough, in training and at a cut."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    recovery = make_recovery_settings(sharding="fsdp2")
+    settings = make_settings(gradient_checkpointing=True)
+    request = AccelRequest(
+        str(tmp_path), "adapt-llm", 10**9, settings, recovery, params=6_700_000_000
+    )
+    plan = plan_accel(request, gpus=8, gpu_tflops=400.0)
+    assert plan.before.total == 8_030_261_248
+    assert [planned.phase.parameters for planned in plan.phases][-1] == 6_700_000_000
+    first = plan.phases[0].phase.parameters
+    assert plan.memory_bytes["weights"] == 4 * first // 8
+    assert plan.memory_bytes["moments"] == 8 * first // 8
+    assert plan.pruning_bytes["weights"] == 4 * 8_030_261_248
+    assert plan.pruning_bytes["Gram matrices"] == 4 * 32 * (14336**2 + 4096**2)
+    assert sum(plan.memory_bytes.values()) < 30e9
+    assert sum(plan.pruning_bytes.values()) < 70e9
+    tokens = plan.tokens
+    assert plan.flops == pytest.approx(8 * 7e9 * tokens, rel=0.1)  # layers computed twice
+    assert plan.gpu_hours == pytest.approx(plan.flops / 400e12 / 3600)
+    halved = replace(request, settings=settings.model_copy(update={"dtype": "bfloat16"}))
+    assert plan_accel(halved, gpus=8).memory_bytes["weights"] == 2 * first // 8
+
+
+def test_python_takes_all_settings_by_name(request_, text_file, uninterrupted, tmp_path):
+    outcome = adapt_pruner.accel(
+        request_.model, tmp_path / "run", data=str(text_file), tokens=768, sparsity=0.4,
+        calibration=str(text_file), windows=4, window_length=12, steps=3, save_steps=3, **TRAINING,
+    )  # fmt: skip
+    assert outcome.result is not None
+    assert_equal(tmp_path / "run", uninterrupted)
+    with pytest.raises(InvalidSettings, match="Did you mean 'windows'"):
+        adapt_pruner.accel("demo", tmp_path / "no", data="x", tokens=1, sparsity=0.4, windws=4)
 
 
 # Through the command line.

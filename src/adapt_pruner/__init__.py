@@ -15,6 +15,7 @@ _per_layer.register()
 _EXPORTS = {
     "AdaptPrunerError": "errors",
     "CalibrationData": "data",
+    "accel": "recovery.accel",
     "Evaluation": "evaluation",
     "EvaluationSettings": "settings",
     "PruneSettings": "settings",

@@ -6,8 +6,9 @@ import json
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from ..anatomy import find_anatomy
 from ..api import PruningResult, Size, StepRecord, previous_record, prune
 from ..data.sampling import updated_weights
 from ..errors import NonFiniteError
-from ..run import measure, protocol
-from ..settings import PruneSettings
+from ..run import default_calibration, measure, protocol
+from ..settings import PruneSettings, make_settings
 from .finish import write_result
 from .launch import make_accelerator, start_trackers
 from .lora import add_lora, merge_lora
@@ -25,8 +26,51 @@ from .materials import Materials, gather, make_teacher, reference_losses
 from .moments import Moments, moment_cutter
 from .request import AccelListener, AccelOutcome, AccelRequest, check_together
 from .schedule import Phase, learning_rates, tokens_per_step
+from .settings import RecoverySettings, make_recovery_settings
 from .state import Progress, RunDirectory, rebuild_model, restore_random_states
 from .training import PhaseTraining, SpikeGuard, StepResult, Throughput, training
+
+
+def accel(
+    model: str,
+    output: str | Path,
+    *,
+    data: str,
+    tokens: int,
+    sparsity: float | None = None,
+    params: int | None = None,
+    preset: str = "best",
+    listener: AccelListener | None = None,
+    **options: Any,
+) -> AccelOutcome:
+    """Prune and train a model in turns: `accel("demo", "out", data="pydocs", tokens=10**6, ...)`.
+
+    Args:
+        model: a name on the hub, a directory, or "demo".
+        output: directory of the run; the result is loaded from it.
+        data: training text or a mixture, see `read_mixture`.
+        tokens: to train on in all.
+        sparsity, params, preset: as in `prune`.
+        options: fields of `AccelRequest`, `RecoverySettings` or `PruneSettings` by name.
+
+    Raises:
+        AdaptPrunerError: one of its kinds, see `run_accel`.
+    """
+    of_request = {f.name for f in fields(AccelRequest)} & options.keys()
+    of_training = RecoverySettings.model_fields.keys() & options.keys()
+    others = options.keys() - of_request - of_training
+    chosen = {**default_calibration(model), **{name: options[name] for name in others}}
+    request = AccelRequest(
+        model=model,
+        data=data,
+        tokens=tokens,
+        sparsity=sparsity,
+        params=params,
+        settings=make_settings(preset, **chosen),
+        recovery=make_recovery_settings(**{name: options[name] for name in of_training}),
+        **{name: options[name] for name in of_request},
+    )
+    return run_accel(request, output, listener)
 
 
 def run_accel(

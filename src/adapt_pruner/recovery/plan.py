@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..anatomy import Anatomy, find_anatomy
 from ..api import Size
 from ..loading import empty_model
@@ -73,7 +75,9 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
         for phase in phases
     )
     hours = sum(plan.flops for plan in plans) / (gpu_tflops * 1e12) / 3600
-    pruning = make_plan(model, request.settings, params=phases[0].parameters).memory_bytes
+    pruning = make_plan(
+        model, request.settings, params=phases[0].parameters, dtype=_dtype(request)
+    ).memory_bytes
     return AccelPlan(
         before=Size.of(anatomy),
         target=target,
@@ -104,7 +108,7 @@ def _flops_per_token(request: AccelRequest, anatomy: Anatomy, phase: Phase, teac
 def _training_memory(
     request: AccelRequest, model: Any, parameters: int, gpus: int, teacher: int
 ) -> dict[str, int]:
-    """Weights, gradients and two moments in float32; FSDP2 divides them by the GPUs.
+    """Weights, gradients and two moments in float32, or what `dtype` says; FSDP2 divides them.
 
     Activations per layer and token: about 16 values of the hidden size and 3 of the MLP's, of 2
     bytes; with gradient checkpointing one value of the hidden size, and one layer's whole.
@@ -114,13 +118,14 @@ def _training_memory(
     trained = parameters
     if recovery.lora_rank:
         trained = _lora_parameters(model, recovery.lora_rank)
+    size = _dtype(request).itemsize
     memory = {
-        "weights": 4 * parameters // share,
-        "gradients": 4 * trained // share,
-        "moments": 8 * trained // share,
+        "weights": size * parameters // share,
+        "gradients": size * trained // share,
+        "moments": 2 * size * trained // share,
     }
     if teacher and recovery.teacher_top_k is None:
-        memory["teacher"] = 4 * teacher
+        memory["teacher"] = size * teacher
     windows = recovery.per_device_train_batch_size or max(
         1, min(2**28 // config.vocab_size, 16_384) // recovery.sequence_length
     )
@@ -134,6 +139,11 @@ def _training_memory(
     memory["activations"] = tokens * kept
     memory["logits"] = tokens * config.vocab_size * 4 * 3
     return memory
+
+
+def _dtype(request: AccelRequest) -> torch.dtype:
+    name = request.settings.dtype
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def _lora_parameters(model: Any, rank: int) -> int:

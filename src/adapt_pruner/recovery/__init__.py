@@ -1,0 +1,1 @@
+"""Adapt-Accel: pruning and recovery training in turns."""
