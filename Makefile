@@ -17,7 +17,7 @@ check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-dev  ## quality on the embedded model, cost of a step
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/adapt-pruner compare demo --evaluate pydocs --output runs/compare-demo
 	$(BIN)/python benchmarks/step_cost.py --sizes 10M,100M
 
 $(VENV)/.installed: pyproject.toml constraints.txt

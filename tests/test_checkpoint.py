@@ -175,7 +175,8 @@ def test_files_of_a_checkpoint(llama_checkpoint):
     files = {file.name for file in llama_checkpoint.iterdir()}
     assert files == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "pictures",
-        "pruning.json", "recipe.yaml", "run.json", "tokenizer.json", "tokenizer_config.json",
+        "pruning.json", "recipe.yaml", "report.html", "run.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert {file.suffix for file in (llama_checkpoint / "pictures").iterdir()} == {".svg", ".png"}
 

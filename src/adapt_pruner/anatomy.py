@@ -31,6 +31,8 @@ from .errors import UnsupportedModel, near_match
 
 ATTENTION = "attention"
 MLP = "mlp"
+WIDTH_OF = {ATTENTION: "num_key_value_heads", MLP: "intermediate_size"}
+"""Kind of group -> the configuration's name for the number of its units."""
 WIDTH_NAMES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 

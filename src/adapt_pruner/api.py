@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import check_reachable, resolve_target
-from .anatomy import Anatomy, find_anatomy
+from .anatomy import WIDTH_OF, Anatomy, find_anatomy
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel
 from .loading import read_json
@@ -73,6 +73,8 @@ class PruningResult:
     seconds: float = 0.0
     measurements: dict[str, dict[str, float]] = field(default_factory=dict)
     """What was measured before and after, such as {"perplexity": {"before": 7., "after": 9.}}."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """On what text it was measured, and how: `run.protocol`."""
     previous: dict[str, Any] | None = None
     """The record of an earlier pruning of the same model, if it had one."""
     training: dict[str, Any] | None = None
@@ -87,9 +89,7 @@ class PruningResult:
         """What was cut, as it is written to pruning.json."""
         layers: dict[str, dict[str, Any]] = {}
         for (layer, kind), kept in self.kept.items():
-            units = self.widths_before[layer][
-                "num_key_value_heads" if kind == "attention" else "intermediate_size"
-            ]
+            units = self.widths_before[layer][WIDTH_OF[kind]]
             layers.setdefault(str(layer), {})[kind] = {"units": units, "kept": kept.tolist()}
         return {
             "format": 1,
@@ -205,12 +205,7 @@ def prune(
 def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationData:
     if tokenizer is None:
         raise InvalidSettings("Calibration text needs the model's tokenizer; got None.")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and settings.window_length > longest:
-        raise InvalidSettings(
-            f"window_length: the model reads at most {longest} tokens; "
-            f"got {settings.window_length}."
-        )
+    check_window_length(model.config, settings)
     return load_calibration(
         settings.calibration,
         tokenizer,
@@ -222,6 +217,16 @@ def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationD
         redraw=settings.redraw,
         vocab_size=model.get_input_embeddings().weight.shape[0],
     )
+
+
+def check_window_length(config: Any, settings: PruneSettings) -> None:
+    """Raise InvalidSettings if calibration windows are longer than the model reads."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and settings.window_length > longest:
+        raise InvalidSettings(
+            f"window_length: the model reads at most {longest} tokens; "
+            f"got {settings.window_length}."
+        )
 
 
 def previous_record(model: Any) -> dict[str, Any] | None:

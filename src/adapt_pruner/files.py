@@ -13,7 +13,12 @@ from .errors import WritingError
 
 
 def write_json_atomically(file: Path, content: Any) -> None:
-    """Write JSON beside `file` and rename it into place, making directories as needed. Any number
+    """Write JSON as `write_atomically` does. Raises ValueError for NaN or infinity."""
+    write_atomically(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write text beside `file` and rename it into place, making directories as needed. Any number
     of processes may do so at once: the last one wins.
 
     Raises:
@@ -24,8 +29,7 @@ def write_json_atomically(file: Path, content: Any) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, allow_nan=False)
-            stream.write("\n")
+            stream.write(text)
         Path(partial).chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
         os.replace(partial, file)
     except BaseException as error:

@@ -16,7 +16,8 @@ from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, re
 from .plan import Plan, make_plan
 from .settings import PruneSettings
 
-EVALUATION_WINDOWS = 400
+EVALUATION_WINDOW, EVALUATION_WINDOWS = 256, 400
+"""Tokens of a window, and windows at most."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
         store_as(model, stored)  # it was loaded in float32 only to compute on the CPU
     after = measure(model, tokenizer, texts)
     result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
+    if request.evaluate:
+        result.protocol = protocol(request.evaluate)
     save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
@@ -101,8 +104,20 @@ def measure(model: Any, tokenizer: Any, texts: list[str] | None) -> dict[str, fl
     """Perplexity on the texts, if there are any."""
     if texts is None:
         return {}
-    measured = perplexity(model, tokenizer, texts, max_windows=EVALUATION_WINDOWS)
+    measured = perplexity(
+        model, tokenizer, texts, EVALUATION_WINDOW, max_windows=EVALUATION_WINDOWS
+    )
     return {"perplexity": measured.perplexity, "bits per byte": measured.bits_per_byte}
+
+
+def protocol(text: str) -> dict[str, Any]:
+    """How `measure` measures on a text, for the account of a run."""
+    return {
+        "text": text,
+        "window": EVALUATION_WINDOW,
+        "stride": EVALUATION_WINDOW,
+        "max_windows": EVALUATION_WINDOWS,
+    }
 
 
 def stored_dtype(model: Any) -> torch.dtype | None:

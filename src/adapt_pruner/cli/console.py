@@ -7,7 +7,8 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,13 +19,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ..api import Listener
+from ..comparison import ComparisonListener
 from ..evaluation import EvaluationListener
+from ..formats import in_bytes as in_bytes
+from ..formats import short as short
 from ..recovery.request import AccelListener
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..api import PruningResult
+    from ..comparison.grid import Cell, CellResult, Comparison
+    from ..comparison.table import Tables
     from ..methods import PruningStep
     from ..plan import Plan
     from ..recovery.plan import AccelPlan
@@ -125,28 +134,60 @@ class TaskBar(EvaluationListener):
         err.print(message, soft_wrap=True)
 
 
-def short(count: float) -> str:
-    """A count as people write it: 260K, 1.24B.
+class ComparisonView(ComparisonListener):
+    """The table of a comparison as it fills; a line per model where there is no terminal."""
 
-    >>> short(214528)
-    '214.5K'
-    """
-    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= factor:
-            return f"{count / factor:.4g}{letter}"
-    return f"{count:.4g}"
+    def __init__(self, quiet: bool):
+        self.quiet, self.interactive = quiet, err.is_interactive and not quiet
+        self.live = Live(console=err, transient=True, auto_refresh=self.interactive)
+        self.done = self.count = 0
+        self.table: Any = ""
+        self.on_change: Callable[[Comparison], None] = lambda comparison: None
+
+    def __enter__(self) -> ComparisonView:
+        if self.interactive:
+            self.live.start()
+            self.live.update("measuring the dense model")
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.live.stop()
+
+    def on_cell(self, cell: Cell, number: int, count: int) -> None:
+        self.count = count
+        if self.interactive:
+            self.live.update(Group(self.table, f"{number} of {count}: {cell}"))
+
+    def on_result(self, comparison: Comparison, result: CellResult) -> None:
+        from ..comparison.table import Tables
+
+        self.done += 1
+        self.on_change(comparison)
+        tables = Tables(comparison)
+        self.table = comparison_table(tables)
+        if not self.quiet and not self.interactive:
+            found = [(metric, metric.find(result.scores)) for metric in tables.shown]
+            said = ", ".join(f"{tables.label(m)} {m.written(s.value)}" for m, s in found if s)
+            how = "from the cache" if result.was_cached else f"{result.seconds:.1f} s"
+            err.print(
+                f"{self.done} of {self.count}: {result.cell}: {said or result.error} ({how})",
+                soft_wrap=True, markup=False,
+            )  # fmt: skip
 
 
-def in_bytes(count: float) -> str:
-    """Bytes as people write them: 1.82 GB.
-
-    >>> in_bytes(3643776)
-    '3.644 MB'
-    """
-    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count:.0f} B"
+def comparison_table(tables: Tables) -> Table:
+    """The summary of a comparison."""
+    heads, rows = tables.grid()
+    table = Table(box=None, pad_edge=False)
+    table.add_column(heads[0])
+    for head in heads[1:]:
+        table.add_column(head, justify="right", overflow="fold")
+    for name, figures in rows:
+        texts = [figure.text.replace(" ± ", "±") for figure in figures]
+        styles = ["bold" if figure.is_best else "" for figure in figures]
+        cells = [Text(*cell) for cell in zip(texts, styles, strict=True)]
+        table.add_row(Text(name), *cells)
+    return table
 
 
 def show_result(result: PruningResult) -> None:

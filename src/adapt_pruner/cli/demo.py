@@ -56,4 +56,5 @@ def command(output: Path, sparsity: float, seed: int) -> None:
         ids = model.generate(**inputs, max_new_tokens=40)
         text = tokenizer.decode(ids[0], skip_special_tokens=True)
         out.print(f"[bold]{name:7}[/]{' '.join(text.split())}", soft_wrap=True)
-    out.print(f"\nThe model, its card, run.json and pictures are in [bold]{output}[/]")
+    out.print(f"\nThe model, its card, run.json and pictures are in [bold]{output}[/]; ", end="")
+    out.print("report.html shows it all")

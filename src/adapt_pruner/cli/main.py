@@ -21,6 +21,8 @@ class Program(click.Group):
         "evaluate": "evaluate",
         "bench": "bench",
         "inspect": "inspect",
+        "compare": "compare",
+        "report": "report",
         "demo": "demo",
     }
 

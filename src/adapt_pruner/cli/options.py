@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -55,12 +55,41 @@ class Integers(click.ParamType):
             self.fail(f"expected integers such as 0,1,-1; got '{value}'.", param, ctx)
 
 
-def options_of(settings: type[BaseModel]) -> Callable:
-    """A decorator that adds an option for every field of `settings`. Unset options are None."""
+class Numbers(click.ParamType):
+    """Numbers separated by commas."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param, ctx) -> tuple[float, ...]:
+        try:
+            numbers = tuple(float(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            numbers = ()
+        if not numbers:
+            self.fail(f"expected numbers such as 0.2,0.4; got '{value}'.", param, ctx)
+        return tuple(dict.fromkeys(numbers))
+
+
+class Names(click.ParamType):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param, ctx) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        if not names:
+            self.fail(f"expected names with commas; got '{value}'.", param, ctx)
+        return names
+
+
+def options_of(settings: type[BaseModel], only: Sequence[str] = ()) -> Callable:
+    """A decorator that adds an option for every field of `settings`, or for `only` some of them.
+    Unset options are None."""
 
     def add(command: Callable) -> Callable:
         for name, info in reversed(settings.model_fields.items()):
-            command = _option(name, info)(command)
+            if not only or name in only:
+                command = _option(name, info)(command)
         return command
 
     return add

@@ -99,13 +99,26 @@ def load_calibration(
         CalibrationError: if text, file or column is missing, malformed, empty or too short, or the
             tokenizer does not fit the model.
     """
+    documents = load_documents(source, tokenizer, text_column, max_documents, seed, vocab_size)
+    name = f"Calibration text '{source}'"
+    return CalibrationData(documents, window_length, num_windows, seed, redraw, name)
+
+
+def load_documents(
+    source: str,
+    tokenizer: Any,
+    text_column: str = "text",
+    max_documents: int = 10_000,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> list[Tensor]:
+    """Read and tokenise the documents of a source, 1-D int32 each. See `load_calibration`."""
     texts = islice(read_documents(source, text_column, seed), max_documents)
     documents = list(_tokenise(texts, tokenizer))
     largest = max((int(tokens.max()) for tokens in documents), default=0)
     if vocab_size is not None:
         check_vocabulary(largest, vocab_size)
-    name = f"Calibration text '{source}'"
-    return CalibrationData(documents, window_length, num_windows, seed, redraw, name)
+    return documents
 
 
 def check_vocabulary(largest_token: int, vocab_size: int) -> None:

@@ -136,7 +136,7 @@ def evaluate(
         raise InvalidSettings(
             f"num_fewshot applies to tasks, and suites have their own; got {settings.num_fewshot}."
         )
-    subject = Subject(model, tokenizer, settings, trust_remote_code)
+    subject = Subject.of(model, tokenizer, settings, trust_remote_code)
     run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
     training = getattr(model, "training", False)
     try:
@@ -180,6 +180,10 @@ class Subject:
         else:
             self.device = settings.device_map or resolve_device(settings.device)
         self._key: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: Any, *arguments: Any) -> Subject:
+        return model if isinstance(model, cls) else cls(model, *arguments)
 
     @property
     def model(self) -> Any:

@@ -17,7 +17,7 @@ from ..anatomy import find_anatomy
 from ..api import PruningResult, Size, StepRecord, previous_record, prune
 from ..data.sampling import updated_weights
 from ..errors import NonFiniteError
-from ..run import default_calibration, measure
+from ..run import default_calibration, measure, protocol
 from ..settings import PruneSettings, make_settings
 from .finish import write_result
 from .launch import make_accelerator, start_trackers
@@ -366,6 +366,7 @@ class Run:
                 name: {"before": before, "after": measured[name]}
                 for name, before in first["measurements"].items()
             },
+            protocol=protocol(self.request.evaluate) if self.request.evaluate else {},
             previous=first["previous"],
             training={
                 "tokens": progress.tokens,

@@ -10,6 +10,7 @@ import torch
 
 from ..api import PruningResult
 from ..checkpoint import save_result
+from ..report import write_page
 from ..report.training_pictures import draw_training
 from ..run import store_as
 from .request import AccelRequest
@@ -35,6 +36,7 @@ def write_result(
     save_result(result, whole, request.portable, True, request.recipe(), name)
     draw_training(directory, whole / "pictures")
     _move_all(whole, directory)
+    write_page(directory)  # again: the training log is here
     if not request.keep_checkpoint:
         place.discard_checkpoints()
 

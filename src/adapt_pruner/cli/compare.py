@@ -1,0 +1,182 @@
+"""`adapt-pruner compare`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import Interrupted, InvalidSettings, WritingError
+from ..settings import EvaluationSettings, make_evaluation_settings
+from .options import Names, Numbers, options_of, settings_options
+
+if TYPE_CHECKING:
+    from ..comparison import Comparison
+
+MEASURE = ("limit", "num_fewshot", "batch_size", "max_length", "window", "stride")
+"""Settings of evaluation that pruning has none of its own for."""
+SHARED = ("dtype", "device", "device_map", "text_column")
+
+
+@click.command("compare")
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True,
+    help="Directory for tables and pictures.",
+)  # fmt: skip
+@click.option(
+    "--methods", type=Names(), metavar="A,B",
+    help="Methods, with commas; default: best,paper,uniform,magnitude,random, or all of "
+    "--variants.",
+)  # fmt: skip
+@click.option(
+    "--variants", type=click.Path(path_type=Path), metavar="FILE",
+    help="YAML file of further methods: names with their settings.",
+)  # fmt: skip
+@click.option(
+    "--vary", multiple=True, metavar="NAME=A,B",
+    help="Sweep a setting, such as amplitude=0,0.01,0.02; repeat for a grid.",
+)  # fmt: skip
+@click.option(
+    "--sparsities", type=Numbers(), default="0.2,0.4,0.6", show_default=True, metavar="S,T",
+    help="Shares of the decoder layers' parameters to remove.",
+)  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=3, show_default=True,
+    help="Runs of each method, from --seed on.",
+)  # fmt: skip
+@click.option(
+    "--evaluate", "text", multiple=True, metavar="TEXT",
+    help="Measure token perplexity on it: as --calibration.",
+)  # fmt: skip
+@click.option("--suite", multiple=True, metavar="NAME", help="Measure, as `evaluate` does.")
+@click.option("--tasks", multiple=True, metavar="A,B", help="Measure, as `evaluate` does.")
+@click.option(
+    "--task-data", multiple=True, type=click.Path(path_type=Path), metavar="DIR",
+    help="Directory with the tasks' data; default: the hub.",
+)  # fmt: skip
+@click.option("--save-models", is_flag=True, help="Keep every model, in OUTPUT/models.")
+@click.option(
+    "--cache-dir", type=click.Path(path_type=Path), metavar="DIR",
+    help="Where results are kept; default: the user's cache, or $ADAPT_PRUNER_CACHE.",
+)  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but the table.")
+@options_of(EvaluationSettings, only=MEASURE)
+@settings_options
+def command(
+    model: str,
+    output: Path,
+    methods: tuple[str, ...] | None,
+    variants: Path | None,
+    vary: tuple[str, ...],
+    sparsities: tuple[float, ...],
+    seeds: int,
+    cache_dir: Path | None,
+    save_models: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Prune MODEL by several methods, at several sparsities, with several seeds, and measure all.
+
+    \b
+    adapt-pruner compare demo -o runs/demo --evaluate pydocs
+    adapt-pruner compare demo -o runs/a --methods paper --vary amplitude=0,0.02 --evaluate pydocs
+
+    Settings given as options hold for all methods. What was measured is kept: the same command
+    goes on where it was interrupted, and a larger one takes over what it shares with a smaller.
+    """
+    from ..comparison import ComparisonRequest, compare
+    from ..comparison.variants import (
+        DEFAULT_METHODS,
+        METHODS,
+        make_variants,
+        parse_sweep,
+        read_methods,
+    )
+    from ..evaluation import ResultStore
+    from ..run import default_calibration
+    from . import console
+
+    own = read_methods(variants) if variants else {}
+    names = methods or tuple(own) or DEFAULT_METHODS
+    measure = {name: options.pop(name) for name in MEASURE}
+    asked = {name: options.pop(name) for name in ("text", "suite", "tasks", "task_data")}
+    trust = options.pop("trust_remote_code")
+    given = {name: value for name, value in options.items() if value is not None}
+    first = given.pop("seed", 0)
+    evaluation = make_evaluation_settings(
+        **{name: value for name, value in measure.items() if value is not None},
+        **{name: given[name] for name in SHARED if name in given},
+    )
+    request = ComparisonRequest(
+        model=model,
+        variants=make_variants(
+            names,
+            {**METHODS, **own},
+            map(parse_sweep, vary),
+            {**default_calibration(model), **given},
+        ),
+        sparsities=sparsities,
+        seeds=range(first, first + seeds),
+        evaluation=evaluation,
+        save_to=output / "models" if save_models else None,
+        trust_remote_code=trust,
+        **asked,
+    )
+    _check_output(output)
+    console.hush_libraries()
+    with console.ComparisonView(quiet) as view:
+        view.on_change = lambda comparison: write(output, comparison)
+        try:
+            comparison = compare(request, ResultStore(cache_dir), view)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted after {view.done} of {view.count} models. Their results are kept; "
+                "the same command goes on from there."
+            ) from None
+    show(comparison)
+    write(output, comparison, pictures=True)
+    click.echo(f"written to {output}")
+
+
+def write(output: Path, comparison: Comparison, pictures: bool = False) -> None:
+    """Write what there is so far."""
+    from ..comparison.picture import draw
+    from ..comparison.table import Tables
+    from ..files import write_atomically, write_json_atomically
+
+    tables = Tables(comparison)
+    write_json_atomically(output / "comparison.json", tables.as_dict())
+    for suffix, text in (("md", tables.markdown()), ("tex", tables.latex()), ("csv", tables.csv())):
+        write_atomically(output / f"comparison.{suffix}", text)
+    if pictures:
+        try:
+            draw(output, tables)
+        except OSError as error:
+            raise WritingError(f"'{output}' could not be written: {error.strerror}.") from error
+
+
+def show(comparison: Comparison) -> None:
+    """Print the table."""
+    from ..comparison.table import Tables
+    from . import console
+
+    tables = Tables(comparison)
+    console.out.print(console.comparison_table(tables))
+    for note in tables.notes():
+        console.out.print(note, style="dim", soft_wrap=True, markup=False)
+
+
+def _check_output(output: Path) -> None:
+    from ..files import check_file
+
+    if output.exists() and not output.is_dir():
+        raise WritingError(f"'{output}' is a file; name a directory.")
+    entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    if entries and "comparison.json" not in entries:
+        raise InvalidSettings(
+            f"'{output}' is not empty and holds no comparison. Name another directory."
+        )
+    check_file(output / "comparison.json")

@@ -1,0 +1,129 @@
+"""The methods that are compared: names for settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import InvalidSettings, near_match
+from ..settings import PruneSettings, make_settings
+
+PLAIN = {"compensation": "none", "allocation": "adaptive", "amplitude": 0.0}
+"""Every layer alike, without compensation: what simple scores get."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "best": {},
+    "paper": {"preset": "paper"},
+    "uniform": {"preset": "paper", "amplitude": 0.0},
+    "activation-fisher": {"importance": "activation-fisher"},
+    "magnitude": {"importance": "magnitude-l2", **PLAIN},
+    "random": {"importance": "random", **PLAIN},
+}
+"""Name -> settings that differ from the defaults, or from those of a `preset`."""
+DEFAULT_METHODS = ("best", "paper", "uniform", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison."""
+
+    name: str
+    settings: PruneSettings
+    varied: tuple[tuple[str, Any], ...] = ()
+    """The settings that a sweep gave it, with their values."""
+
+
+def read_methods(file: Path) -> dict[str, dict[str, Any]]:
+    """Read methods of one's own: a YAML mapping from names to settings.
+
+    Raises:
+        InvalidSettings: naming the file and what is wrong in it.
+    """
+    try:
+        methods = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"Variants '{file}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise InvalidSettings(f"Variants '{file}' is not YAML: {text}") from error
+    if not isinstance(methods, dict) or not methods:
+        raise InvalidSettings(
+            f"Variants '{file}' must map names to settings, such as `mine: {{steps: 5}}`; "
+            f"got {methods!r:.80}."
+        )
+    for name, values in methods.items():
+        if values is not None and not isinstance(values, dict):
+            raise InvalidSettings(
+                f"Variants '{file}': '{name}' must be a mapping of settings; got {values!r:.80}."
+            )
+    return {str(name): values or {} for name, values in methods.items()}
+
+
+def parse_sweep(text: str) -> tuple[str, list[Any]]:
+    """Read "amplitude=0,0.01,0.02" into a setting and its values, as YAML reads them.
+
+    Raises:
+        InvalidSettings: for an unknown setting, or no values.
+    """
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    listed = [yaml.safe_load(value) for value in values.split(",") if value.strip()]
+    if not equals or not listed:
+        raise InvalidSettings(f"A sweep reads such as amplitude=0,0.01,0.02; got '{text}'.")
+    if name == "seed":
+        raise InvalidSettings("Seeds are not swept but averaged over; use --seeds.")
+    if name not in PruneSettings.model_fields:
+        hint = near_match(name, PruneSettings.model_fields)
+        raise InvalidSettings(f"There is no setting '{name}' to vary.{hint}")
+    return name, listed
+
+
+def make_variants(
+    names: Sequence[str],
+    methods: Mapping[str, Mapping[str, Any]],
+    sweeps: Iterable[tuple[str, list[Any]]] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> list[Variant]:
+    """Build the rows: each method named, with every combination of the sweeps' values.
+
+    Args:
+        names: of `methods`; empty: all of them.
+        overrides: settings that hold for all of them; a sweep's values go before.
+
+    Raises:
+        InvalidSettings: for an unknown method, setting or value.
+    """
+    sweeps = list(sweeps)
+    variants = []
+    for name in dict.fromkeys(names or methods):
+        if name not in methods:
+            raise InvalidSettings(
+                f"There is no method '{name}'.{near_match(name, methods)} "
+                f"Known: {', '.join(methods)}."
+            )
+        for values in product(*(values for _, values in sweeps)):
+            varied = dict(zip((setting for setting, _ in sweeps), values, strict=True))
+            chosen = {**methods[name], **(overrides or {}), **varied}
+            try:
+                settings = make_settings(str(chosen.pop("preset", "best")), **chosen)
+            except InvalidSettings as error:
+                raise InvalidSettings(f"Method '{name}': {error}") from None
+            if "amplitude" in varied and settings.allocation != "adaptive":
+                raise InvalidSettings(
+                    f"Method '{name}' has the allocation '{settings.allocation}', on which the "
+                    "amplitude has no effect; sweep it with --methods paper, or with "
+                    "--allocation adaptive."
+                )
+            plain = settings.model_dump(mode="json", include=set(varied))
+            label = ", ".join([name, *(f"{k} {_written(plain[k])}" for k in varied)])
+            variants.append(Variant(label, settings, tuple((k, plain[k]) for k in varied)))
+    return variants
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

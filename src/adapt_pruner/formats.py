@@ -1,0 +1,60 @@
+"""How figures are written."""
+
+from __future__ import annotations
+
+
+def short(count: float) -> str:
+    """A count as people write it: 260K, 1.24B.
+
+    >>> short(214528)
+    '214.5K'
+    """
+    for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= factor:
+            return f"{count / factor:.4g}{letter}"
+    return f"{count:.4g}"
+
+
+def figure(value: float) -> str:
+    """A measured value: two decimals below a thousand, none above.
+
+    >>> figure(26.216), figure(22860.4)
+    ('26.22', '22,860')
+    """
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def change(old: float, new: float) -> str:
+    """The relative change with its sign.
+
+    >>> change(200, 150)
+    '−25.0%'
+    """
+    if old == new or not old:
+        return "0%" if old == new else ""
+    return f"{(new - old) / old:+.1%}".replace("-", "−")
+
+
+def in_bytes(count: float) -> str:
+    """Bytes as people write them: 1.82 GB.
+
+    >>> in_bytes(3643776)
+    '3.644 MB'
+    """
+    for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """A span of time.
+
+    >>> duration(4.11), duration(754)
+    ('4.1 s', '12 min 34 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

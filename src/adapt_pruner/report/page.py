@@ -1,0 +1,163 @@
+"""The report: one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from .. import __version__
+from ..formats import duration, figure, short
+from . import charts
+from .facts import Extras, Facts, Row, facts_of
+from .record import Run, TrainingStep
+
+GENERATOR = f"adapt-pruner {__version__}"
+MARK = '<meta name="generator" content="adapt-pruner'
+"""By which a page of ours is known, so that only such a page is replaced without being asked."""
+CHARTS = ("budget", "neurons", "groups", "training", "importance", "loss")
+
+
+HEADLINE = ("parameters", "perplexity", "decode tokens/s", "weights", "KV cache per token")
+"""Rows that stand large at the top, the first four that there are."""
+
+
+@dataclass
+class Section:
+    """What the template shows of one run."""
+
+    id: str
+    run: Run
+    facts: Facts
+    heading: str
+    headline: list[Row]
+    charts: dict[str, Markup | None]
+    extras: Extras
+
+
+def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
+    """Return the page of one run, or of several with a comparison at its top.
+
+    Args:
+        extras: for each run what is made together with the page; default: nothing.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("adapt_pruner.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(figure=figure, duration=duration)
+    extras = extras or [Extras() for _ in runs]
+    sections = [
+        _section(run, f"run{i}", more)
+        for i, (run, more) in enumerate(zip(runs, extras, strict=True), 1)
+    ]
+    return environment.get_template("page.html.jinja").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} pruned models",
+        sections=sections,
+        generator=GENERATOR,
+        overview=_overview(sections),
+    )
+
+
+def _section(run: Run, id: str, extras: Extras) -> Section:
+    facts = facts_of(run, extras)
+    measured = bool(run.record.measurements or extras.scores)
+    parts = ["size", *["quality"] * measured, *["speed"] * bool(extras.speed)]
+    return Section(
+        id=id,
+        run=run,
+        facts=facts,
+        heading=", ".join(parts).capitalize(),
+        headline=[row for name in HEADLINE for row in facts.rows if row.name == name][:4],
+        charts=_charts(run, id, facts) if run.record.steps else {},
+        extras=extras,
+    )
+
+
+def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
+    record = run.record
+    before, after = record.widths_before, record.widths_after
+    drawn: dict[str, Markup | None] = dict.fromkeys(CHARTS)
+    if any("intermediate_size" in widths for widths in before):
+        drawn["neurons"] = charts.columns(
+            f"{id}-neurons", "MLP neurons of each layer, before and after",
+            [widths.get("intermediate_size") for widths in before],
+            [widths.get("intermediate_size", 0) for widths in after],
+        )  # fmt: skip
+    if run.kept_groups:
+        drawn["groups"] = charts.dots(
+            f"{id}-groups", "KV groups of each layer, kept and cut", run.kept_groups, len(before)
+        )
+    if facts.parts:
+        drawn["budget"] = charts.stack(
+            f"{id}-budget",
+            "Parameters by part, before and after",
+            [
+                (label, [(part["label"], part["parameters"][i]) for part in facts.parts])
+                for i, label in enumerate(("before", "after"))
+            ],
+        )
+    importance = [step.layer_importance for step in record.steps]
+    if importance[0]:
+        drawn["importance"] = charts.heat_map(
+            f"{id}-importance", "Importance of each layer before each step", importance
+        )
+    sizes = [record.before.total, *(step.parameters for step in record.steps)]
+    losses = [(size, step.loss) for size, step in zip(sizes, record.steps, strict=False)]
+    if len(losses) > 2 and all(loss > 0 for _, loss in losses):
+        drawn["loss"] = charts.line(
+            f"{id}-loss", "Calibration loss over size", "parameters", losses,
+            dotted=len(losses) <= 30, reverse=True,
+        )  # fmt: skip
+    if len(run.training) > 1:
+        drawn["training"] = charts.line(
+            f"{id}-training",
+            "Training loss over tokens, with the cuts",
+            "tokens trained on",
+            [(step.tokens, step.loss) for step in run.training],
+            [(phase.tokens_before, short(phase.parameters)) for phase in run.phases],
+            smooth=_running_mean(run.training),
+        )
+    return drawn
+
+
+def _running_mean(steps: Sequence[TrainingStep]) -> list[tuple[float, float]]:
+    """The loss averaged over the last steps of the same phase: a cut is a jump, not a slope."""
+    means: list[tuple[float, float]] = []
+    last, phase = deque[float](maxlen=max(1, min(200, len(steps) // 40))), 0
+    for step in steps:
+        if step.phase != phase:
+            last.clear()
+            phase = step.phase
+        last.append(step.loss)
+        means.append((float(step.tokens), sum(last) / len(last)))
+    return means
+
+
+def _overview(sections: Sequence[Section]) -> Markup | None:
+    """Quality over size of several runs, where they were measured on the same text alike."""
+    measured = [s for s in sections if "perplexity" in s.run.record.measurements]
+    protocols = {s.facts.protocol for s in measured}
+    if len(measured) < 2 or len(protocols) > 1:
+        return None
+    points = {}
+    for section in measured:
+        record = section.run.record
+        pair = record.measurements["perplexity"]
+        points[section.id] = charts.Point(
+            record.after.total, pair["after"], section.run.name, strong=True
+        )
+        points[section.facts.source, record.before.total] = charts.Point(
+            record.before.total, pair["before"], section.facts.source
+        )
+    said = "; ".join(f"{p.label}: {p.x:,.0f} parameters, {figure(p.y)}" for p in points.values())
+    return charts.scatter(
+        "overview", "Perplexity over parameters", "parameters", list(points.values()), said
+    )

@@ -1,0 +1,425 @@
+"""`compare`: arithmetic of its tables against values worked by hand, and runs that go on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+import yaml
+
+from adapt_pruner.comparison import grid
+from adapt_pruner.comparison.grid import Cell, CellResult, Comparison, ComparisonRequest
+from adapt_pruner.comparison.picture import pareto_front
+from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex
+from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, parse_sweep
+from adapt_pruner.errors import InvalidSettings, NonFiniteError
+from adapt_pruner.evaluation import Evaluation, Score
+from adapt_pruner.settings import EvaluationSettings, make_settings
+
+PERPLEXITY = Metric("text.txt", "token_perplexity", False)
+ACCURACY = Metric("PIQA", "acc_norm", True)
+A, B = (Variant(name, make_settings()) for name in ("a_1", "b|2"))
+
+
+def score(metric: Metric, value: float) -> Score:
+    return Score(metric.name, metric.metric, value, None, None, 10, metric.higher_is_better)
+
+
+def tables(
+    values: dict[tuple[Variant, float], list[dict[Metric, float]]], dense: dict[Metric, float]
+) -> Tables:
+    """Tables of given figures: a list of seeds per variant and sparsity."""
+    request = ComparisonRequest("m", [A, B], [0.2, 0.4], range(2), text=["text.txt"])
+    scores = [score(metric, value) for metric, value in dense.items()]
+    comparison = Comparison(request, Evaluation("m", 1000, scores, EvaluationSettings()))
+    for (variant, sparsity), seeds in values.items():
+        for seed, found in enumerate(seeds):
+            comparison.results.append(
+                CellResult(
+                    Cell(variant, sparsity, seed), round(1000 * (1 - sparsity)), 2.0 + seed,
+                    [score(metric, value) for metric, value in found.items()],
+                )
+            )  # fmt: skip
+    return Tables(comparison)
+
+
+@pytest.fixture
+def two() -> Tables:
+    """One metric, two variants, two sparsities; one cell has one seed, one has none."""
+    return tables(
+        {
+            (A, 0.2): [{PERPLEXITY: 4.0}, {PERPLEXITY: 7.0}],
+            (B, 0.2): [{PERPLEXITY: 6.0}, {PERPLEXITY: 6.0}],
+            (A, 0.4): [{PERPLEXITY: 1234.4}],
+        },
+        {PERPLEXITY: 3.0},
+    )
+
+
+class TestArithmetic:
+    def test_mean_and_sample_standard_deviation(self):
+        found = Summary.of([2.0, 4.0, 9.0])
+        assert found == Summary(5.0, math.sqrt((9 + 1 + 16) / 2), 3)
+
+    def test_one_value_has_no_spread(self):
+        assert Summary.of([2.0]) == Summary(2.0, None, 1)
+        assert Summary.of([]) is None
+
+    def test_markdown(self, two):
+        # 4 and 7: mean 5.5, deviation sqrt((1.5² + 1.5²) / 1) = 2.12
+        assert two.markdown().splitlines()[:5] == [
+            "| method | 0% | 20% | 40% | s per run |",
+            "| --- | --- | --- | --- | --- |",
+            "| dense | 3.00 |  |  |  |",
+            "| a_1 |  | **5.50 ± 2.12** | 1,234 (n=1) | 2.3 |",
+            r"| b\|2 |  | 6.00 ± 0.00 | – | 2.5 |",
+        ]
+
+    def test_best_needs_a_rival(self, two):
+        assert two.best(0.2, PERPLEXITY) == {"a_1"}
+        assert two.best(0.4, PERPLEXITY) == set()
+
+    def test_what_is_written_alike_is_best_alike(self):
+        near = tables(
+            {(A, 0.2): [{PERPLEXITY: 5.001}], (B, 0.2): [{PERPLEXITY: 5.004}]}, {PERPLEXITY: 3.0}
+        )
+        assert near.best(0.2, PERPLEXITY) == {"a_1", "b|2"}
+
+    def test_several_metrics_as_in_table_1(self):
+        found = tables(
+            {
+                (A, 0.2): [{PERPLEXITY: 5.0, ACCURACY: 0.5}],
+                (B, 0.2): [{PERPLEXITY: 6.0, ACCURACY: 0.75}],
+            },
+            {PERPLEXITY: 3.0, ACCURACY: 0.8},
+        )
+        assert found.markdown().splitlines()[:5] == [
+            "| method | sparsity | text.txt token perplexity | PIQA |",
+            "| --- | --- | --- | --- |",
+            "| dense | 0% | 3.00 | 80.00 |",
+            "| a_1 | 20% | **5.00 (n=1)** | 50.00 (n=1) |",
+            r"| b\|2 | 20% | 6.00 (n=1) | **75.00 (n=1)** |",
+        ]
+
+    def test_metrics_of_one_task_are_told_apart(self):
+        found = tables({}, {ACCURACY: 0.5, Metric("PIQA", "acc", True): 0.4})
+        assert found.markdown().startswith("| method | sparsity | PIQA acc norm | PIQA acc |\n")
+
+    def test_latex_is_escaped(self, two):
+        lines = two.latex().splitlines()
+        assert r"a\_1 &  & \textbf{5.50 $\pm$ 2.12} & 1,234 (n=1) & 2.3 \\" in lines
+        assert r"method & 0\% & 20\% & 40\% & s per run \\" in lines
+        assert r"\begin{tabular}{lrrrr}" in lines
+        assert escape_latex("a_b & 5% {x} $ # ~ ^ \\") == (
+            r"a\_b \& 5\% \{x\} \$ \# \textasciitilde{} \textasciicircum{} \textbackslash{}"
+        )
+
+    def test_csv_has_figures_in_full(self, two):
+        rows = list(csv.DictReader(io.StringIO(two.csv())))
+        assert [row["method"] for row in rows] == ["dense", "a_1", "b|2", "a_1", "b|2"]
+        assert float(rows[1]["stdev"]) == pytest.approx(math.sqrt(4.5), rel=1e-15)
+        assert [row["best"] for row in rows[1:]] == ["1", "0", "0", "0"]
+        assert (rows[4]["mean"], rows[4]["seeds"], rows[4]["parameters"]) == ("", "0", "")
+
+    def test_errors_are_told(self, two):
+        cell = Cell(B, 0.4, 0)
+        two.comparison.results.append(CellResult(cell, 600, 0.0, [], error="it is NaN."))
+        assert "No result for b|2, 0.4, seed 0: it is NaN." in two.markdown()
+
+    @pytest.mark.parametrize(
+        ("higher", "front"), [(False, [(1, 9), (2, 5)]), (True, [(1, 9), (4, 10)])]
+    )
+    def test_pareto_front(self, higher, front):
+        points = [(1, 9), (2, 5), (2, 7), (3, 6), (4, 10)]
+        assert pareto_front(points, higher) == front
+
+
+class TestVariants:
+    def test_methods_of_the_package_are_valid(self):
+        assert [variant.name for variant in make_variants((), METHODS)] == list(METHODS)
+
+    def test_sweep_is_a_product(self):
+        sweeps = [parse_sweep("amplitude=0,1e-2"), parse_sweep("steps=5,10")]
+        found = make_variants(["paper"], METHODS, sweeps, {"windows": 8})
+        assert [variant.name for variant in found] == [
+            "paper, amplitude 0, steps 5",
+            "paper, amplitude 0, steps 10",
+            "paper, amplitude 0.01, steps 5",
+            "paper, amplitude 0.01, steps 10",
+        ]
+        assert found[3].settings.amplitude == 0.01
+        assert found[3].varied == (("amplitude", 0.01), ("steps", 10))
+        assert {variant.settings.windows for variant in found} == {8}
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("amplitude", "reads such as amplitude=0,0.01"),
+            ("amplitude=", "reads such as"),
+            ("amplitud=1", "no setting 'amplitud' to vary. Did you mean 'amplitude'?"),
+            ("seed=1,2", "use --seeds"),
+        ],
+    )
+    def test_bad_sweeps(self, text, says):
+        with pytest.raises(InvalidSettings, match=says.replace("?", r"\?")):
+            parse_sweep(text)
+
+    def test_amplitude_without_effect(self):
+        with pytest.raises(InvalidSettings, match="no effect; sweep it with --methods paper"):
+            make_variants(["best"], METHODS, [parse_sweep("amplitude=0,0.1")])
+
+
+@pytest.fixture
+def request_of(llama, text_file, tmp_path):
+    """A small comparison on the tiny Llama."""
+
+    def make(**changes) -> ComparisonRequest:
+        overrides = {"steps": 1, "windows": 4, "window_length": 12, "device": "cpu",
+                     "calibration": str(text_file)}  # fmt: skip
+        values = {
+            "model": str(llama),
+            "variants": make_variants(["best", "random"], METHODS, (), overrides),
+            "sparsities": [0.3],
+            "seeds": range(2),
+            "text": [str(text_file)],
+            "evaluation": EvaluationSettings(limit=3, window=64, device="cpu"),
+        }
+        return ComparisonRequest(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def store(tmp_path):
+    from adapt_pruner.evaluation import ResultStore
+
+    return ResultStore(tmp_path / "cache")
+
+
+@pytest.fixture
+def pruned(monkeypatch) -> list[int]:
+    """Holds an entry for each pruning that was really made."""
+    count: list[int] = []
+    prune = grid.prune
+
+    def counting(*args, **kwargs):
+        count.append(1)
+        return prune(*args, **kwargs)
+
+    monkeypatch.setattr(grid, "prune", counting)
+    return count
+
+
+def values(comparison: Comparison) -> list[float]:
+    return [result.scores[0].value for result in comparison.results]
+
+
+class TestRuns:
+    def test_second_time_nothing_is_computed(self, request_of, store, pruned):
+        first = grid.compare(request_of(), store)
+        assert len(pruned) == 4
+        again = grid.compare(request_of(), store)
+        assert len(pruned) == 4
+        assert values(again) == values(first)
+        assert all(result.was_cached for result in again.results)
+
+    def test_same_figure_as_evaluate_gives(self, request_of, store, tmp_path):
+        from adapt_pruner.evaluation import evaluate
+
+        found = grid.compare(request_of(save_to=tmp_path / "models", seeds=[0]), store)
+        asked = request_of()
+        measured = evaluate(
+            str(tmp_path / "models" / "best-0.3-seed0"),
+            text=asked.text, settings=asked.evaluation, store=store,
+        )  # fmt: skip
+        assert measured.scores == found.results[0].scores
+        assert measured.num_cached == 1  # they share the store
+        assert measured.parameters == found.results[0].parameters
+
+    def test_interrupted_run_goes_on(self, request_of, store, pruned):
+        class Stop(grid.ComparisonListener):
+            def on_result(self, comparison, result):
+                if len(comparison.results) == 3:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            grid.compare(request_of(), store, Stop())
+        assert len(pruned) == 3
+        assert len(grid.compare(request_of(), store).results) == 4
+        assert len(pruned) == 4
+
+    def test_larger_comparison_takes_over(self, request_of, store, pruned):
+        grid.compare(request_of(seeds=[0]), store)
+        grid.compare(request_of(), store)
+        assert len(pruned) == 4
+
+    def test_other_measure_makes_the_model_again(self, request_of, store, pruned):
+        grid.compare(request_of(seeds=[0]), store)
+        grid.compare(request_of(seeds=[0], evaluation=EvaluationSettings(limit=2)), store)
+        assert len(pruned) == 4
+
+    def test_model_that_comes_out_different(self, request_of, store, pruned, monkeypatch):
+        """On another machine: the figures are of the model made now, and kept under its name."""
+        first = grid.compare(request_of(seeds=[0]), store)
+        store_as = grid.prune
+
+        def other(model, *args, **kwargs):
+            result = store_as(model, *args, **kwargs)
+            model.lm_head.weight.data.mul_(1.5)
+            return result
+
+        monkeypatch.setattr(grid, "prune", other)
+        changed = {"evaluation": EvaluationSettings(limit=2, window=64)}
+        second = grid.compare(request_of(seeds=[0], **changed), store)
+        third = grid.compare(request_of(seeds=[0], **changed), store)
+        assert values(second) == values(third) != values(first)
+        assert len(pruned) == 4
+
+    def test_nan_leaves_one_cell_empty(self, request_of, store, monkeypatch):
+        prune = grid.prune
+
+        def failing(*args, settings, **kwargs):
+            if settings.importance == "random":
+                raise NonFiniteError("The loss is NaN.")
+            return prune(*args, settings=settings, **kwargs)
+
+        monkeypatch.setattr(grid, "prune", failing)
+        found = grid.compare(request_of(seeds=[0]), store)
+        assert [result.error for result in found.results] == ["", "The loss is NaN."]
+        assert "| random |  | – | – |" in Tables(found).markdown()
+
+    def test_models_of_another_run_are_replaced(self, request_of, store, tmp_path):
+        place = tmp_path / "models"
+        first = grid.compare(request_of(save_to=place, seeds=[0]), store)
+        variants = [Variant(v.name, v.settings.model_copy(update={"windows": 6}))
+                    for v in request_of().variants]  # fmt: skip
+        second = grid.compare(request_of(save_to=place, seeds=[0], variants=variants), store)
+        third = grid.compare(request_of(save_to=place, seeds=[0]), store)
+        saved = json.loads((place / "best-0.3-seed0" / "run.json").read_text())
+        assert saved["settings"]["windows"] == 4
+        assert values(third) == values(first) != values(second)
+
+    def test_damaged_model_is_replaced(self, request_of, store, tmp_path, pruned):
+        asked = request_of(save_to=tmp_path / "models", seeds=[0])
+        grid.compare(asked, store)
+        weights = tmp_path / "models" / "best-0.3-seed0" / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:100])
+        grid.compare(asked, store)
+        assert weights.read_bytes() == whole
+        assert len(pruned) == 3
+
+    def test_several_texts_have_a_geometric_mean(self, request_of, store, text_file, tmp_path):
+        other = tmp_path / "other.txt"
+        other.write_text("and the " * 40)
+        found = grid.compare(request_of(text=[str(text_file), str(other)], seeds=[0]), store)
+        scores = [s.value for s in found.dense.scores if s.metric == "token_perplexity"]
+        assert scores[2] == pytest.approx(math.sqrt(scores[0] * scores[1]))
+
+
+@pytest.fixture
+def compare(cli, llama, text_file, tmp_path):
+    """Run the command on the tiny Llama."""
+
+    def run(*arguments, output=None, model=llama):
+        return cli(
+            "compare", model, "-o", output or tmp_path / "out", "--cache-dir", tmp_path / "cache",
+            "--calibration", text_file, "--windows", 4, "--window-length", 12, "--steps", 2,
+            "--device", "cpu", "--window", 64, "--limit", 3, *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+class TestCommand:
+    def test_everything_is_written(self, compare, text_file, tmp_path):
+        done = compare("--evaluate", text_file, "--methods", "paper,random", "--seeds", 2,
+                       "--sparsities", "0.2,0.4", "--vary", "max_documents=9,12")  # fmt: skip
+        assert done.status == 0, done.err
+        out = tmp_path / "out"
+        assert {file.name for file in out.iterdir()} == {
+            "comparison.md", "comparison.tex", "comparison.csv", "comparison.json",
+            "quality_over_size.svg", "quality_over_size.png",
+            "quality_over_max_documents.svg", "quality_over_max_documents.png",
+        }  # fmt: skip
+        record = json.loads((out / "comparison.json").read_text())
+        assert len(record["results"]) == 2 * 2 * 2 * 2
+        assert record["methods"]["paper, max_documents 9"]["max_documents"] == 9
+        assert "16 of 16" in done.err
+        assert "paper, max_documents 9" in done.out
+        assert compare("--evaluate", text_file, "--methods", "random", "--seeds", 1).status == 0
+
+    def test_methods_of_ones_own(self, compare, text_file, tmp_path):
+        file = tmp_path / "variants.yaml"
+        file.write_text(yaml.safe_dump({"mine": {"importance": "magnitude-l1"}, "default": None}))
+        done = compare("--evaluate", text_file, "--variants", file, "--seeds", 1,
+                       "--sparsities", "0.2", "-q")  # fmt: skip
+        assert done.status == 0, done.err
+        assert "mine" in done.out
+        assert "default" in done.out
+        assert done.err == ""
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--methods", "papper"], "There is no method 'papper'. Did you mean 'paper'?"),
+            (["--methods", ","], "expected names with commas; got ','"),
+            (["--sparsities", "a"], "expected numbers such as 0.2,0.4; got 'a'"),
+            (["--sparsities", "20"], "sparsity"),
+            (["--sparsities", "0.2,0.99"], "smallest"),
+            (["--seeds", "0"], "--seeds"),
+            (["--vary", "amplitude=x", "--methods", "paper"], "Method 'paper': amplitude:"),
+            (["--variants", "absent.yaml"], "Variants 'absent.yaml' cannot be read"),
+            (["--window-length", "4000"], "window_length: the model reads at most"),
+            (["--suite", "common"], "common"),
+            (["--device", "cuda:77"], "device: 'cuda:77' is not available"),
+        ],
+    )
+    def test_bad_input(self, compare, text_file, tmp_path, arguments, says):
+        done = compare("--evaluate", text_file, *arguments)
+        assert done.status != 0
+        assert done.err.startswith("adapt-pruner: error: ")
+        assert says in done.err
+        assert not (tmp_path / "out").exists()
+
+    def test_nothing_to_measure_by(self, compare):
+        assert "name a text with --evaluate, a --suite or --tasks" in compare().err
+
+    def test_texts_of_one_name(self, compare, text_file, tmp_path):
+        other = tmp_path / text_file.name
+        other.write_text("the of")
+        assert "Two texts are called" in compare("--evaluate", text_file, "--evaluate", other).err
+
+    @pytest.mark.parametrize(
+        "content", ["- a\n", "a: 3\n", "a: {steps: [}\n", "a: {stepps: 3}\n", ""]
+    )
+    def test_bad_variants(self, compare, text_file, tmp_path, content):
+        file = tmp_path / "variants.yaml"
+        file.write_text(content)
+        done = compare("--evaluate", text_file, "--variants", file)
+        assert done.status == 1
+        assert "Unexpected" not in done.err
+
+    def test_output_of_something_else(self, compare, text_file, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        assert "is a file" in compare("--evaluate", text_file, output=tmp_path / "file").err
+        done = compare("--evaluate", text_file, output=tmp_path)
+        assert "is not empty and holds no comparison" in done.err
+
+    def test_interrupt_says_what_is_kept(self, compare, text_file, tmp_path, monkeypatch):
+        count, prune = [], grid.prune
+
+        def stop(*args, **kwargs):
+            count.append(1)
+            if len(count) == 2:
+                raise KeyboardInterrupt
+            return prune(*args, **kwargs)
+
+        monkeypatch.setattr(grid, "prune", stop)
+        done = compare("--evaluate", text_file, "--methods", "random", "--sparsities", "0.2")
+        assert done.status != 0
+        assert "Interrupted after 1 of 3 models. Their results are kept" in done.err
+        assert "(n=1)" in (tmp_path / "out" / "comparison.md").read_text()
