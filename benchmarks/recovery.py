@@ -27,7 +27,13 @@ from adapt_pruner.report.account import versions
 from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
-BASE = {"phases": 5, "moments": "reset", "sequence_length": 256, "batch_tokens": 2048, "weight_decay": 0.0}
+BASE = {
+    "phases": 5,
+    "moments": "reset",
+    "sequence_length": 256,
+    "batch_tokens": 2048,
+    "weight_decay": 0.0,
+}
 VARIANTS = {
     **{f"{n} phases" if n > 1 else "prune, then train": {"phases": n} for n in (1, 2, 5, 10, 20)},
     "moments carried": {"moments": "carry"},
@@ -89,9 +95,7 @@ def run_name(arguments) -> str:
 
 
 def run(arguments, changes: dict, seed: int, measure) -> dict:
-    settings = make_settings(
-        arguments.preset, calibration=arguments.data, seed=seed, windows=128
-    )
+    settings = make_settings(arguments.preset, calibration=arguments.data, seed=seed, windows=128)
     rate = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
     recovery = make_recovery_settings(**{**BASE, **rate, **changes})
     request = AccelRequest(
