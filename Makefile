@@ -9,7 +9,7 @@ demo: $(VENV)/.installed  ## prune the embedded model: no hub, no GPU
 	$(BIN)/adapt-pruner demo --output demo-run
 
 test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check src tests scripts benchmarks

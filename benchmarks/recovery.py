@@ -29,6 +29,7 @@ from adapt_pruner.settings import make_settings
 
 BASE = {
     "phases": 5,
+    "alpha": 0.0,
     "moments": "reset",
     "sequence_length": 256,
     "batch_tokens": 2048,

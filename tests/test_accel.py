@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import adapt_pruner
 from adapt_pruner import find_anatomy, load_calibration, load_model, prune
 from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, NonFiniteError, WritingError
+from adapt_pruner.recovery import finish as finishing
 from adapt_pruner.recovery import state, training
 from adapt_pruner.recovery.accel import Run, run_accel
 from adapt_pruner.recovery.plan import plan_accel
@@ -29,6 +30,7 @@ from picomodels import build
 
 TRAINING = {
     "phases": 3, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 3e-3, "repeat": True,
+    "moments": "carry", "alpha": 0.0,
 }  # fmt: skip
 
 
@@ -38,8 +40,11 @@ def _cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
+def _no_pictures(request, monkeypatch):
+    """They take half of the time; the run through the command line draws them."""
+    if "command_line" not in request.node.name:
+        monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
+        monkeypatch.setattr(finishing, "draw_training", lambda run, pictures: {})
 
 
 @pytest.fixture
@@ -266,8 +271,8 @@ KILLS: dict[str, Callable[[], None]] = {
     "inside a checkpoint": lambda: setattr(state, "save_file", half_a_file),
     "before a checkpoint has its name": lambda: kill_at(state, "write_json", 3, False),
     "after the last checkpoint": lambda: kill_at(state.RunDirectory, "save", 7, False),
-    "while the result is written": lambda: kill_at(_finish(), "save_result", 1, False),
-    "while the result is moved": lambda: kill_at(_finish(), "_rename", 3, False),
+    "while the result is written": lambda: kill_at(finishing, "save_result", 1, False),
+    "while the result is moved": lambda: kill_at(finishing, "_rename", 3, False),
 }
 
 
@@ -281,12 +286,6 @@ def _slicing():
     from adapt_pruner import slicing
 
     return slicing
-
-
-def _finish():
-    from adapt_pruner.recovery import finish
-
-    return finish
 
 
 @pytest.fixture(scope="module")
@@ -441,7 +440,7 @@ LLAMA_8B = {
 def test_plan_of_8b_on_eight_gpus_needs_a_configuration_alone(tmp_path):
     """docs/scale.md has the arithmetic; 80 GB per GPU are enough, in training and at a cut."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    recovery = make_recovery_settings(sharding="fsdp2")
+    recovery = make_recovery_settings(sharding="fsdp2", alpha=0.0)
     settings = make_settings(gradient_checkpointing=True)
     request = AccelRequest(
         str(tmp_path), "adapt-llm", 10**9, settings, recovery, params=6_700_000_000
@@ -459,6 +458,8 @@ def test_plan_of_8b_on_eight_gpus_needs_a_configuration_alone(tmp_path):
     tokens = plan.tokens
     assert plan.flops == pytest.approx(8 * 7e9 * tokens, rel=0.1)  # layers computed twice
     assert plan.gpu_hours == pytest.approx(plan.flops / 400e12 / 3600)
+    taught = replace(request, recovery=make_recovery_settings(sharding="fsdp2"))
+    assert plan_accel(taught, gpus=8).memory_bytes["teacher"] == 4 * 8_030_261_248
     halved = replace(request, settings=settings.model_copy(update={"dtype": "bfloat16"}))
     assert plan_accel(halved, gpus=8).memory_bytes["weights"] == 2 * first // 8
 

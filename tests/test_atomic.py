@@ -193,6 +193,7 @@ import os, resource, signal, sys
 from adapt_pruner import checkpoint
 from adapt_pruner.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 mode, *arguments = sys.argv[1:]
 write_json = checkpoint.write_json
 

@@ -48,8 +48,8 @@ def accel(llama: Path, text_file: Path, output: Path, *more: object) -> list[obj
     return [
         "accel", llama, "-o", output, "--data", text_file, "--calibration", text_file,
         "--sparsity", 0.4, "--tokens", 12 * 64, "--phases", 3, "--sequence-length", 16,
-        "--batch-tokens", 64, "--repeat", "--learning-rate", 3e-3, "--windows", 8,
-        "--window-length", 12, "--steps", 3, "--device", "cpu", "--quiet", *more,
+        "--batch-tokens", 64, "--repeat", "--learning-rate", 3e-3, "--moments", "carry",
+        "--windows", 8, "--window-length", 12, "--steps", 3, "--device", "cpu", "--quiet", *more,
     ]  # fmt: skip
 
 
