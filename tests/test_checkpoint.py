@@ -207,7 +207,7 @@ def test_run_json_accounts_for_every_step(llama_checkpoint, llama_result):
     assert record["steps"][-1]["parameters"] == record["after"]["total"] <= llama_result.target
     assert record["steps"][-1]["widths"] == record["widths_after"] == llama_result.widths_after
     assert record["sparsity"] == pytest.approx(0.3, abs=0.01)
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # a wheel may add +cu130
 
 
 def test_model_card_says_the_sizes_and_how_to_load(llama_checkpoint, llama_result):
