@@ -492,6 +492,10 @@ def test_command_line(cli, llama, text_file, tmp_path):
     assert done.status == 0, done.err
     assert "phase 2/2" in done.err
     assert "decoder layers" in done.out
+    for page in ("README.md", "report.html"):
+        text = (tmp_path / "run" / page).read_text()
+        assert "adapt-pruner accel" in text
+        assert "adapt-pruner prune" not in text
     again = cli("accel", "--recipe", tmp_path / "run" / "recipe.yaml", "-o", tmp_path / "again")
     assert again.status == 0, again.err
     assert_equal(tmp_path / "again", tmp_path / "run")

@@ -146,7 +146,7 @@ def model_card(run: Run, drawn: Mapping[str, str]) -> str:
         "| `config.json`, `*.safetensors`, tokenizer | the model, for transformers |",
         f"| `{REPORT_FILE}` | all of this with charts, in one page for a browser |",
         "| `pruning.json` | which units stayed, as indices into the original model |",
-        "| `recipe.yaml` | repeats this run: `adapt-pruner prune -o DIR --recipe recipe.yaml` |",
+        f"| `recipe.yaml` | repeats this run: `{run.record.command} -o DIR --recipe recipe.yaml` |",
         "| `run.json` | settings, every step in figures, versions |",
         "",
     ]

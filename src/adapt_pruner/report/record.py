@@ -56,6 +56,11 @@ class RunRecord(BaseModel):
     training: Recovery | None = None
     versions: dict[str, str] = {}
 
+    @property
+    def command(self) -> str:
+        """The command that made the run."""
+        return "adapt-pruner accel" if self.training else "adapt-pruner prune"
+
 
 class TrainingStep(BaseModel):
     """One line of training.jsonl: an optimizer step of recovery training."""
