@@ -24,6 +24,7 @@ from adapt_pruner.recovery.accel import run_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report.account import versions
+from adapt_pruner.report.pictures import ACCENT, AFTER, make_figure
 from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default=",".join(VARIANTS).replace(", ", "; "))
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--picture", type=Path, help="SVG of perplexity over phases")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -85,6 +87,8 @@ def main() -> None:
             print(key, results["cells"][key], flush=True)
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     report(results, arguments, chosen)
+    if arguments.picture:
+        draw(results, arguments)
 
 
 def run_name(arguments) -> str:
@@ -130,6 +134,33 @@ def report(results: dict, arguments, chosen: list[str]) -> None:
         spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
         seconds = statistics.mean(cell["seconds"] for cell in cells)
         print(f"| {name} | {statistics.mean(found):.4g}{spread} | {seconds:.0f} |")
+
+
+def draw(results: dict, arguments) -> None:
+    """Perplexity over the number of phases, one dot per seed, for every budget of tokens."""
+    figure, (axis,) = make_figure(6.5, 3.4, 1)
+    lines: dict[int, dict[int, list[float]]] = {}
+    for key, cell in results["cells"].items():
+        model, preset, sparsity, tokens, _, name, _ = key.split("|")
+        phases = VARIANTS[name].get("phases")
+        same = model == Path(arguments.model).name and preset == arguments.preset
+        if same and phases and float(sparsity) == arguments.sparsity:
+            lines.setdefault(int(tokens), {}).setdefault(phases, []).append(cell["perplexity"])
+    for color, (tokens, found) in zip((AFTER, ACCENT), sorted(lines.items()), strict=False):
+        found = dict(sorted(found.items()))
+        means = [statistics.mean(values) for values in found.values()]
+        axis.plot(list(found), means, "-", color=color, label=f"{tokens:,} tokens")
+        for phases, values in found.items():
+            axis.plot([phases] * len(values), values, "o", color=color, markersize=3.5)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
+    axis.minorticks_off()
+    axis.set_xlabel("phases (1: prune, then train)")
+    axis.set_ylabel("perplexity")
+    axis.set_title(f"{arguments.sparsity:.0%} sparsity, equal tokens", loc="left", fontsize=11)
+    axis.legend(frameon=False)
+    figure.savefig(arguments.picture, metadata={"Date": None})
+    figure.savefig(arguments.picture.with_suffix(".png"), dpi=130)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     recovery = make_recovery_settings(
-        phases=1, sequence_length=256, batch_tokens=arguments.batch_tokens, repeat=True,
+        phases=1, sequence_length=256, batch_tokens=arguments.batch_tokens, repeat=True, alpha=0.0,
         per_device_train_batch_size=arguments.micro_batch, learning_rate=1e-4,
     )  # fmt: skip
     total = arguments.steps * (arguments.stretches + 1) * arguments.batch_tokens
@@ -63,7 +63,7 @@ def measure(request: AccelRequest, directory: Path, arguments) -> dict:
 
     with ExitStack() as stack:
         accelerator = make_accelerator(request, directory, stack)
-        materials = gather(request, accelerator, directory, AccelListener())
+        materials = gather(request, accelerator, AccelListener())
         run = Run(request, RunDirectory(directory), materials, AccelListener())
         bare = BareLoop(request, materials.data)
         (phase,) = run.phases
