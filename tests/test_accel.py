@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -402,6 +403,35 @@ def test_loss_that_is_not_a_number_stops_the_run(request_, tmp_path, monkeypatch
         run_accel(with_training(request_, per_device_train_batch_size=4), tmp_path / "run")
     monkeypatch.setattr(training, "loss_sums", original)
     finish(with_training(request_, per_device_train_batch_size=4), tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_full_disk_loses_nothing(what, request_, uninterrupted, tmp_path, monkeypatch):
+    place, original, count = tmp_path / "run", state.save_file, [0]
+
+    def full(tensors, file, *rest):
+        count[0] += 1
+        if count[0] > 4:  # three files per checkpoint: inside the second
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, file, *rest)
+
+    def full_log(self, *args, **kwargs):
+        count[0] += self.name == "training.jsonl"
+        if self.name == "training.jsonl" and args[:1] == ("a",) and count[0] > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, *args, **kwargs)
+
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        if what == "checkpoint":
+            patch.setattr(state, "save_file", full)
+        else:
+            patch.setattr(Path, "open", full_log)
+        with pytest.raises(WritingError, match=r"disk is full|No space left"):
+            run_accel(request_, place)
+    finish(request_, place)
+    assert_equal(place, uninterrupted)
 
 
 @pytest.mark.parametrize(

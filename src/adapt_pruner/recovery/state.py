@@ -12,7 +12,6 @@ weights are an ordinary model directory, so an unfinished run can be looked at, 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from ..checkpoint import atomic_directory, write_json
 from ..errors import InvalidSettings, WritingError
+from ..files import write_atomically
 from ..loading import read_json
 from .moments import Moments, flatten, unflatten
 
@@ -83,7 +83,9 @@ class RunDirectory:
         if place.exists() and not place.is_dir():
             raise WritingError(f"'{place}' is a file; name a directory.")
         if not file.is_file():
-            if place.exists() and any(f.name != _partial(file).name for f in place.iterdir()):
+            if place.exists() and any(
+                not f.name.startswith(f".{file.name}.") for f in place.iterdir()
+            ):
                 raise WritingError(
                     f"'{place}' exists, is not empty and holds no run of this command. Name "
                     "another directory."
@@ -109,7 +111,7 @@ class RunDirectory:
                 shutil.rmtree(place)
             place.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
-                _write_whole(file, yaml.safe_dump(request, sort_keys=False))
+                write_atomically(file, yaml.safe_dump(request, sort_keys=False))
         except OSError as error:
             raise WritingError(f"'{place}' cannot be written to: {error.strerror}.") from error
 
@@ -135,7 +137,7 @@ class RunDirectory:
         for older in self.checkpoints():
             if older.name < place.name:
                 shutil.rmtree(older, ignore_errors=True)
-        _write_whole(self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n")
+        write_atomically(self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n")
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first. What a killed run left half-written is removed."""
@@ -150,12 +152,18 @@ class RunDirectory:
         progress = Progress(**read_json(found[-1] / "progress.json")) if found else Progress()
         if write and self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines()[: progress.step]
-            _write_whole(self.log, "".join(f"{line}\n" for line in lines))
+            write_atomically(self.log, "".join(f"{line}\n" for line in lines))
         return (progress, found[-1]) if found else None
 
     def append_log(self, line: str) -> None:
-        with self.log.open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        try:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        except OSError as error:
+            raise WritingError(
+                f"'{self.log}' could not be written: {error.strerror}. The last checkpoint is "
+                "kept; free some space and run the same command again."
+            ) from error
 
     def discard_checkpoints(self) -> None:
         for name in (CHECKPOINTS, "teacher"):
@@ -201,13 +209,3 @@ def _tensors(file: Path):
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-def _partial(file: Path) -> Path:
-    return file.with_name(f".{file.name}.partial")
