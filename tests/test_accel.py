@@ -452,6 +452,16 @@ def test_bad_requests(changes, message, request_, tmp_path):
         run_accel(replace(request_, **changes), tmp_path / "run")
 
 
+def test_windows_longer_than_the_model_reads(request_, tmp_path):
+    long = with_training(request_, sequence_length=100, batch_tokens=100, phases=1)
+    with pytest.raises(InvalidSettings, match=r"sequence_length: .* at most 64 tokens; got 100"):
+        run_accel(long, tmp_path / "run")
+    settings = request_.settings.model_copy(update={"window_length": 100})
+    with pytest.raises(InvalidSettings, match=r"window_length: .* at most 64 tokens; got 100"):
+        run_accel(replace(request_, settings=settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_teacher_of_another_vocabulary(request_, tokenizer, tmp_path):
     build("llama", torch.float32, vocab_size=140).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")

@@ -164,7 +164,7 @@ def prune(
     if not isinstance(calibration, CalibrationData):
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
-        calibration = _load_calibration(model, tokenizer, settings)
+        calibration = calibration_for(model, tokenizer, settings)
     before, widths_before = Size.of(anatomy), anatomy.widths
     original = {group.key: torch.arange(group.num_units) for group in anatomy.groups}
     steps, began = [], time.perf_counter()
@@ -202,7 +202,8 @@ def prune(
     )
 
 
-def _load_calibration(model, tokenizer, settings: PruneSettings) -> CalibrationData:
+def calibration_for(model: Any, tokenizer: Any, settings: PruneSettings) -> CalibrationData:
+    """Load the calibration text that the settings name, and check that it fits the model."""
     if tokenizer is None:
         raise InvalidSettings("Calibration text needs the model's tokenizer; got None.")
     check_window_length(model.config, settings)

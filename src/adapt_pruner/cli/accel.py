@@ -80,7 +80,7 @@ def command(
 
     \b
     adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
-    adapt-pruner accel demo -o small --sparsity 0.4 --tokens 400K --data pydocs --phases 8
+    adapt-pruner accel --recipe recipes/accel-demo.yaml -o small
     """
     from ..recovery.request import AccelRequest
     from ..run import default_calibration

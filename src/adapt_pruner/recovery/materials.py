@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from ..allocation import check_reachable, resolve_target
 from ..anatomy import find_anatomy
+from ..api import calibration_for, check_window_length
 from ..cache import default_cache
-from ..data import CalibrationData, load_calibration
+from ..data import CalibrationData
 from ..data.mixture import read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
@@ -87,6 +88,7 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     model = read_model(request, request.model, accelerator)
     target, phases = plan_phases(request, model)
     _check_processes(request, accelerator)
+    _check_lengths(request, model)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
@@ -111,21 +113,21 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
             ),
         )
     listener.on_data(data.describe())
-    calibration = load_calibration(
-        settings.calibration,
-        tokenizer,
-        settings.window_length,
-        settings.windows,
-        text_column=settings.text_column,
-        max_documents=settings.max_documents,
-        seed=settings.seed,
-        redraw=settings.redraw,
-        vocab_size=vocab_size,
-    )
+    calibration = calibration_for(model, tokenizer, settings)
     return Materials(
         accelerator, tokenizer, model, stored_dtype(model), target, phases, data, calibration,
         texts, None, seed,
     )  # fmt: skip
+
+
+def _check_lengths(request: AccelRequest, model: Any) -> None:
+    check_window_length(model.config, request.settings)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and request.recovery.sequence_length > longest:
+        raise InvalidSettings(
+            f"sequence_length: the model reads at most {longest} tokens; got "
+            f"{request.recovery.sequence_length}."
+        )
 
 
 def _check_processes(request: AccelRequest, accelerator: Accelerator) -> None:
