@@ -132,7 +132,7 @@ def test_place_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_directory() == tmp_path / "adapt-pruner" / "results"
     monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
-    assert ResultStore().directory == tmp_path / "mine"
+    assert ResultStore().directory == tmp_path / "mine" / "results"
     assert ResultStore(tmp_path / "other").directory == tmp_path / "other"
 
 

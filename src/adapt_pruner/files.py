@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import WritingError
+from .errors import AdaptPrunerError, WritingError
 
 
 def write_json_atomically(file: Path, content: Any) -> None:
@@ -42,6 +42,28 @@ def write_atomically(file: Path, text: str) -> None:
             f"'{file}' could not be written: {error.strerror}. Free some space, or name another "
             "place."
         ) from error
+
+
+def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:
+    """Read a YAML file that users write.
+
+    Raises:
+        kind: naming it as `what`, and what is wrong with it.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise kind(f"There is no {what} file '{file}'; name one that exists.") from None
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        message = f"{what.capitalize()} '{file}' is not YAML: {error.problem}{line}."
+        raise kind(message) from error
+    except OSError as error:
+        raise kind(f"{what.capitalize()} '{file}' cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise kind(f"{what.capitalize()} '{file}' is not a text file in UTF-8.") from error
 
 
 def check_file(file: Path) -> None:

@@ -248,16 +248,7 @@ class TrainingProgress(AccelListener):
     def __init__(self, quiet: bool):
         first = os.environ.get("RANK", "0") == "0"
         self.is_shown, self.pruning = first and not quiet, Listener()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=err,
-            disable=not (self.is_shown and err.is_interactive),
-            transient=True,
-        )
+        self.bar = _progress(not self.is_shown, TextColumn("{task.percentage:>3.0f}%"))
         self.task = self.bar.add_task("", total=None)
         self.phase, self.phases = 0, 0
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..errors import InvalidSettings, near_match
+from ..files import read_yaml
 from ..settings import PRESETS, PruneSettings, make_settings
 
 
@@ -140,17 +140,7 @@ def read_recipe(
     Raises:
         InvalidSettings: naming the file and what is wrong in it.
     """
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise InvalidSettings(f"There is no recipe file '{file}'; name one that exists.") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InvalidSettings(f"Recipe '{file}' is not YAML: {error.problem}{line}.") from error
-    except OSError as error:
-        raise InvalidSettings(f"Recipe '{file}' cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InvalidSettings(f"Recipe '{file}' is not a text file in UTF-8.") from error
+    recipe = read_yaml(file, "recipe", InvalidSettings) or {}
     if not isinstance(recipe, dict):
         raise InvalidSettings(
             f"Recipe '{file}' must be a mapping such as `sparsity: 0.2`; got {recipe!r}."

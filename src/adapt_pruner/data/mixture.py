@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import DataError, near_match
+from ..files import read_yaml
 from .formats import FORMATS
 from .reading import EMBEDDED, READERS, local_path
 
@@ -135,17 +135,7 @@ def shipped_mixtures() -> list[str]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"There is no mixture file '{file}'; name one that exists.") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise DataError(f"Mixture '{file}' is not YAML: {error.problem}{line}.") from error
-    except OSError as error:
-        raise DataError(f"Mixture '{file}' cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"Mixture '{file}' is not a text file in UTF-8.") from error
+    content = read_yaml(file, "mixture", DataError)
     if not isinstance(content, dict):
         raise DataError(
             f"Mixture '{file}' must be a mapping such as `sources: [{{path: a.txt}}]`; "

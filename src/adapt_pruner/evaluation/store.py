@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,10 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..cache import VARIABLE as VARIABLE
+from ..cache import default_cache
 from ..files import write_json_atomically
-
-VARIABLE = "ADAPT_PRUNER_CACHE"
-"""Environment variable that names another directory than the user's cache."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,7 @@ class ResultStore:
 
 def default_directory() -> Path:
     """Where results are kept: named by the environment, else below the user's cache."""
-    if named := os.environ.get(VARIABLE):
-        return Path(named).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "adapt-pruner" / "results"
+    return default_cache() / "results"
 
 
 def digest(value: Any) -> str:
