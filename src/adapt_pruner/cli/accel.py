@@ -10,11 +10,12 @@ import click
 from ..recovery.settings import RecoverySettings, make_recovery_settings
 from .options import (
     Count,
+    named_model,
     options_of,
     own_values,
-    preset_option,
     read_recipe,
     resolve_settings,
+    run_options,
     settings_options,
 )
 
@@ -33,16 +34,10 @@ RECIPE_KEYS = {
 
 
 @click.command("accel")
-@click.argument("model", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the run.")
-@click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to remove.")
-@click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M.")
+@run_options
 @click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
 @click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
 @click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
-@preset_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it.")
-@click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and in each phase.")
 @click.option("--stop-after", type=click.IntRange(1), help="Stop after this phase, to go on later.")
 @click.option("--max-hours", type=click.FloatRange(0, min_open=True), help="Stop after so long.")
 @click.option("--max-loss", type=float, help="Stop at a phase whose evaluation loss is above it.")
@@ -53,16 +48,11 @@ RECIPE_KEYS = {
 @click.option("--keep-checkpoint", is_flag=True, help="Keep moments and state at the end.")
 @click.option("--report-to", default="", help="Trackers: tensorboard, trackio, wandb, with commas.")
 @click.option("--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go.")
-@click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map).")
-@click.option("--overwrite", is_flag=True, help="Begin anew where another run has been.")
-@click.option("--dry-run", is_flag=True, help="Print the plan of all phases; load no weights.")
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="For --dry-run.")
 @click.option(
     "--gpu-tflops", type=click.FloatRange(0, min_open=True), default=400.0, show_default=True,
     help="For --dry-run: what a GPU really does in training.",
 )  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, default=None, help="Run the model's own code.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @options_of(RecoverySettings)
 @settings_options
 def command(
@@ -101,11 +91,7 @@ def command(
     gpus, gpu_tflops = options.pop("gpus"), options.pop("gpu_tflops")
     training = {name: options.pop(name) for name in RecoverySettings.model_fields}
     values = own_values(own, said_of_run)
-    model = model or said.get("model")
-    if not model:
-        raise click.UsageError("Name a MODEL: a directory, or a model on the hub.")
-    if output is None and not dry_run:
-        raise click.UsageError("Name the directory of the run: -o DIR.")
+    model = named_model(model or said.get("model"), output, dry_run)
     for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
         if values[name] is None:
             raise click.UsageError(f"Say --{name}, such as --{name} {example}.")

@@ -196,3 +196,36 @@ preset_option = click.option(
     "--preset", type=Choice(list(PRESETS)), default=None, show_default="best",
     help="Where settings start from: what measured best, or the paper's values.",
 )  # fmt: skip
+
+_RUN_OPTIONS = (
+    click.argument("model", required=False),
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write."),
+    click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to cut."),
+    click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M."),
+    preset_option,
+    click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it."),
+    click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and after."),
+    click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map)."),
+    click.option("--overwrite", is_flag=True, help="Replace what the directory holds."),
+    click.option("--dry-run", is_flag=True, help="Plan only, without weights."),
+    click.option(
+        "--trust-remote-code", is_flag=True, default=None, help="Run code that comes with MODEL."
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+)
+
+
+def run_options(command: Callable) -> Callable:
+    """A decorator that adds what every command that makes a model smaller takes."""
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+def named_model(model: str | None, output: Path | None, dry_run: bool) -> str:
+    """The model. Raises UsageError unless there is one, and a place for what is made of it."""
+    if not model:
+        raise click.UsageError("Name a MODEL: a directory, or a model on the hub.")
+    if output is None and not dry_run:
+        raise click.UsageError("Name the directory to write: -o DIR.")
+    return model

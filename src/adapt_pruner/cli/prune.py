@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from .options import (
-    Count,
+    named_model,
     own_values,
-    preset_option,
     read_recipe,
     resolve_settings,
+    run_options,
     settings_options,
 )
 
@@ -27,18 +27,7 @@ RECIPE_KEYS = {
 
 
 @click.command("prune")
-@click.argument("model", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.")
-@click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to remove.")
-@click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M.")
-@preset_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it.")
-@click.option("--evaluate", metavar="TEXT", help="Text to measure perplexity on, before and after.")
-@click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map).")
-@click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
-@click.option("--dry-run", is_flag=True, help="Print sizes, memory and time; load no weights.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@run_options
 @settings_options
 def command(
     model: str | None,
@@ -61,17 +50,13 @@ def command(
     own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
     preset = options.pop("preset")
-    model = model or said.get("model")
-    if not model:
-        raise click.UsageError("Name a MODEL: a directory, or a model on the hub.")
-    if output is None and not dry_run:
-        raise click.UsageError("Name the directory to write: -o DIR.")
+    model = named_model(model or said.get("model"), output, dry_run)
     values = own_values(own, said)
     request = Request(
         model=model,
         settings=resolve_settings(preset, default_calibration(model), said, options),
         overwrite=overwrite,
-        trust_remote_code=trust,
+        trust_remote_code=bool(trust),
         **{**values, "portable": bool(values["portable"])},
     )
     console.hush_libraries()
