@@ -28,25 +28,18 @@ from adapt_pruner.report.pictures import ACCENT, AFTER, make_figure
 from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
-BASE = {
-    "phases": 5,
-    "alpha": 0.0,
-    "moments": "reset",
-    "sequence_length": 256,
-    "batch_tokens": 2048,
-    "weight_decay": 0.0,
-}
+BASE = {"phases": 10, "sequence_length": 256, "batch_tokens": 2048}
+COUNTS = (1, 2, 3, 5, 10, 20)
 VARIANTS = {
-    **{f"{n} phases" if n > 1 else "prune, then train": {"phases": n} for n in (1, 2, 5, 10, 20)},
+    **{f"{n} phases": {"phases": n} for n in COUNTS},
+    **{f"{n} phases by eq. 11": {"phases": n, "final_share": 0.0} for n in (2, 5, 10)},
+    "constant growth": {"growth": "constant", "final_share": 0.0},
     "moments carried": {"moments": "carry"},
-    "moments carried, beta2 0.95": {"moments": "carry", "adam_beta2": 0.95},
-    "moments reset, beta2 0.95": {"adam_beta2": 0.95},
-    "constant growth": {"growth": "constant"},
-    "cosine growth": {"growth": "cosine"},
-    "distillation, alpha 0.5": {"alpha": 0.5},
-    "distillation, alpha 0.9": {"alpha": 0.9},
+    "no distillation": {"alpha": 0.0},
+    "1 phase, no distillation": {"phases": 1, "alpha": 0.0},
+    "distillation at alpha 0.9": {"alpha": 0.9},
 }
-"""Each differs from 5 phases, moments reset, linear growth and no teacher in what it says."""
+"""Each is as `adapt-pruner accel` does it by default, in 10 phases, but for what it says."""
 
 
 def main() -> None:
@@ -59,9 +52,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--preset", default="best", help="of the pruning")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(VARIANTS).replace(", ", "; "))
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--picture", type=Path, help="SVG of perplexity over phases")
+    parser.add_argument("--picture", type=Path, help="SVG of perplexity over phases, all presets")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -72,23 +65,23 @@ def main() -> None:
     def measure(model) -> float:
         return perplexity(model, tokenizer, texts, max_windows=100).perplexity
 
-    results = {"cells": {}}
-    if arguments.json.exists():
-        results = json.loads(arguments.json.read_text(encoding="utf-8"))
-    results |= {"versions": versions(), "dense": measure(load_model(arguments.model))}
-    print(f"dense {results['dense']:.3f}")
-    chosen = [name.replace("; ", ", ") for name in arguments.only.split(",")]
+    print(f"dense {measure(load_model(arguments.model)):.3f}")
     for seed in range(arguments.seeds):
-        for name in chosen:
+        for name in arguments.only:
             key = f"{run_name(arguments)}|{name}|{seed}"
-            if key in results["cells"]:
+            if key in read_cells(arguments.json):
                 continue
-            results["cells"][key] = run(arguments, VARIANTS[name], seed, measure)
-            print(key, results["cells"][key], flush=True)
+            cell = run(arguments, VARIANTS[name], seed, measure)
+            print(key, cell, flush=True)
+            results = {"versions": versions(), "cells": read_cells(arguments.json) | {key: cell}}
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    report(results, arguments, chosen)
+    report(read_cells(arguments.json), arguments)
     if arguments.picture:
-        draw(results, arguments)
+        draw(read_cells(arguments.json), arguments)
+
+
+def read_cells(file: Path) -> dict[str, dict]:
+    return json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else {}
 
 
 def run_name(arguments) -> str:
@@ -101,8 +94,8 @@ def run_name(arguments) -> str:
 
 def run(arguments, changes: dict, seed: int, measure) -> dict:
     settings = make_settings(arguments.preset, calibration=arguments.data, seed=seed, windows=128)
-    rate = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
-    recovery = make_recovery_settings(**{**BASE, **rate, **changes})
+    common = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
+    recovery = make_recovery_settings(**{**BASE, **common, **changes})
     request = AccelRequest(
         arguments.model, arguments.data, arguments.tokens, settings, recovery, arguments.sparsity
     )
@@ -114,51 +107,61 @@ def run(arguments, changes: dict, seed: int, measure) -> dict:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     assert outcome.result is not None
+    phases = [phase["seconds"] for phase in outcome.result.training["phases"]]
     return {
         "perplexity": measure(outcome.result.model),
         "parameters": outcome.result.after.total,
         "seconds": round(time.perf_counter() - began, 1),
+        "cutting": round(sum(phase["prune"] for phase in phases), 1),
+        "training": round(sum(phase["train"] for phase in phases), 1),
         "training_loss": statistics.mean(line["loss"] for line in log[-20:]),
     }
 
 
-def report(results: dict, arguments, chosen: list[str]) -> None:
+def report(cells: dict, arguments) -> None:
     print("| variant | perplexity | s per run |\n| --- | --- | --- |")
-    for name in chosen:
-        cells = [
-            cell
-            for key, cell in results["cells"].items()
-            if key.startswith(f"{run_name(arguments)}|{name}|")
-        ]
-        found = [cell["perplexity"] for cell in cells]
+    for name in arguments.only:
+        start = f"{run_name(arguments)}|{name}|"
+        runs = [cell for key, cell in cells.items() if key.startswith(start)]
+        found = [cell["perplexity"] for cell in runs]
         spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
-        seconds = statistics.mean(cell["seconds"] for cell in cells)
+        seconds = statistics.mean(cell["seconds"] for cell in runs)
         print(f"| {name} | {statistics.mean(found):.4g}{spread} | {seconds:.0f} |")
 
 
-def draw(results: dict, arguments) -> None:
-    """Perplexity over the number of phases, one dot per seed, for every budget of tokens."""
-    figure, (axis,) = make_figure(6.5, 3.4, 1)
-    lines: dict[int, dict[int, list[float]]] = {}
-    for key, cell in results["cells"].items():
+def draw(cells: dict, arguments) -> None:
+    """Perplexity over the number of phases, one dot per seed, for every preset."""
+    lines: dict[tuple[str, bool], dict[int, list[float]]] = {}
+    for key, cell in cells.items():
         model, preset, sparsity, tokens, _, name, _ = key.split("|")
-        phases = VARIANTS[name].get("phases")
-        same = model == Path(arguments.model).name and preset == arguments.preset
-        if same and phases and float(sparsity) == arguments.sparsity:
-            lines.setdefault(int(tokens), {}).setdefault(phases, []).append(cell["perplexity"])
-    for color, (tokens, found) in zip((AFTER, ACCENT), sorted(lines.items()), strict=False):
-        found = dict(sorted(found.items()))
-        means = [statistics.mean(values) for values in found.values()]
-        axis.plot(list(found), means, "-", color=color, label=f"{tokens:,} tokens")
-        for phases, values in found.items():
-            axis.plot([phases] * len(values), values, "o", color=color, markersize=3.5)
-    axis.set_xscale("log")
-    axis.set_xticks([1, 2, 5, 10], ["1", "2", "5", "10"])
-    axis.minorticks_off()
-    axis.set_xlabel("phases (1: prune, then train)")
-    axis.set_ylabel("perplexity")
-    axis.set_title(f"{arguments.sparsity:.0%} sparsity, equal tokens", loc="left", fontsize=11)
-    axis.legend(frameon=False)
+        same = (model, float(sparsity), int(tokens)) == (
+            Path(arguments.model).name, arguments.sparsity, arguments.tokens,
+        )  # fmt: skip
+        count, _, rule = name.partition(" phases")
+        if same and count.isdigit() and rule in ("", " by eq. 11"):
+            line = lines.setdefault((preset, bool(rule)), {})
+            line.setdefault(int(count), []).append(cell["perplexity"])
+    presets = sorted({preset for preset, _ in lines})
+    figure, axes = make_figure(4.2 * len(presets), 3.4, len(presets))
+    for axis, preset in zip(axes, presets, strict=True):
+        for paper, color, label in (
+            (False, AFTER, "default: 75 % of the tokens in the last phase"),
+            (True, ACCENT, "eq. 11"),
+        ):
+            found = dict(sorted(lines.get((preset, paper), {}).items()))
+            if paper and found:
+                found = {1: lines[preset, False].get(1, []), **found}  # one phase is the same
+            means = [statistics.mean(values) for values in found.values()]
+            axis.plot(list(found), means, "-", color=color, label=label)
+            for phases, values in found.items():
+                axis.plot([phases] * len(values), values, "o", color=color, markersize=3.5)
+        axis.set_xscale("log")
+        axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axis.minorticks_off()
+        axis.set_xlabel("phases (1: prune, then train)")
+        axis.set_ylabel("perplexity")
+        axis.set_title(f"preset {preset}, {arguments.sparsity:.0%}", loc="left", fontsize=11)
+        axis.legend(frameon=False, fontsize=8)
     figure.savefig(arguments.picture, metadata={"Date": None})
     figure.savefig(arguments.picture.with_suffix(".png"), dpi=130)
 

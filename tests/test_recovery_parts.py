@@ -32,11 +32,26 @@ from picomodels import build, random_tokens
 
 def test_phases_by_hand():
     # 3 phases of eq. 11: 1/6, 2/6 and 3/6 of 12 steps; sizes fall by a third of 300 each.
-    made = make_recovery_settings(phases=3, sequence_length=10, batch_tokens=25)
+    made = make_recovery_settings(phases=3, final_share=0, sequence_length=10, batch_tokens=25)
     phases = make_phases(made, 1000, 700, tokens=12 * 20 + 7)
     assert [phase.parameters for phase in phases] == [900, 800, 700]
     assert [phase.steps for phase in phases] == [2, 4, 6]
     assert [phase.first_step for phase in phases] == [0, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("growth", "share", "steps"),
+    [
+        ("linear", 0.75, [5, 10, 45]),  # the rest, a quarter of 60, in the ratio 1 to 2
+        ("linear", 0.4, [10, 20, 30]),  # eq. 11 gives the last phase more
+        ("constant", 0.5, [15, 15, 30]),
+    ],
+)
+def test_the_last_phase_gets_its_share(growth, share, steps):
+    made = make_recovery_settings(
+        phases=3, growth=growth, final_share=share, sequence_length=4, batch_tokens=4
+    )
+    assert [phase.steps for phase in make_phases(made, 1000, 700, tokens=240)] == steps
 
 
 @pytest.mark.parametrize(
@@ -54,11 +69,14 @@ def test_number_of_phases_is_near_the_papers(before, after, paper):
     growth=st.sampled_from(["linear", "constant", "cosine"]),
     before=st.integers(1000, 10**9),
     share=st.floats(0.05, 1),
+    final=st.sampled_from([0.0, 0.5, 0.75, 0.99]),
 )
 @settings(max_examples=60, deadline=None)
-def test_phases_use_every_step_and_end_at_the_target(count, extra, growth, before, share):
+def test_phases_use_every_step_and_end_at_the_target(count, extra, growth, before, share, final):
     target, total = int(before * share), count + extra
-    made = make_recovery_settings(phases=count, growth=growth, sequence_length=4, batch_tokens=4)
+    made = make_recovery_settings(
+        phases=count, growth=growth, final_share=final, sequence_length=4, batch_tokens=4
+    )
     phases = make_phases(made, before, target, tokens=4 * total)
     assert sum(phase.steps for phase in phases) == total
     assert min(phase.steps for phase in phases) >= 1
@@ -69,7 +87,7 @@ def test_phases_use_every_step_and_end_at_the_target(count, extra, growth, befor
         "linear": lambda j: j * (j + 1) / (count * (count + 1)),
         "constant": lambda j: j / count,
     }
-    if growth in exact and extra > 10 * count:
+    if final == 0 and growth in exact and extra > 10 * count:
         for phase in phases:  # at most one step per phase was moved to give each its first
             assert abs(phase.end_step - exact[growth](phase.number) * total) <= count / 2 + 1
 

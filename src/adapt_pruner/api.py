@@ -146,8 +146,8 @@ def prune(
             gradients in a later step.
 
     Example:
-        >>> result = prune(model, tokenizer, sparsity=0.2, calibration="text.jsonl")
-        >>> result.save("smaller")
+        result = prune(model, tokenizer, sparsity=0.2, calibration="text.jsonl")
+        result.save("smaller")
     """
     listener = listener or Listener()
     if settings is not None and overrides:

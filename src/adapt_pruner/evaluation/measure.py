@@ -122,7 +122,7 @@ def evaluate(
         AdaptPrunerError: one of its other kinds, if the model cannot be read or puts out NaN.
 
     Example:
-        >>> evaluate("my-model", suite="commonsense").score("PIQA").value
+        evaluate("my-model", suite="commonsense").score("PIQA").value
     """
     if settings is not None and overrides:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")

@@ -37,7 +37,7 @@ class Phase:
 def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
     """The number given, or that which removes about `prune_per_phase` of the present weights each.
 
-    >>> count_phases(make_recovery_settings(), 1_777_100_000, 1_005_500_000)  # paper: 11
+    >>> count_phases(RecoverySettings(), 1_777_100_000, 1_005_500_000)  # paper: 11
     11
     """
     if settings.phases is not None:
@@ -48,8 +48,11 @@ def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
 def make_phases(
     settings: RecoverySettings, before: int, target: int, tokens: int
 ) -> tuple[Phase, ...]:
-    """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, which by eq. 11 are
-    2j / (T (T + 1)) of all; in whole optimizer steps, at least one per phase.
+    """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, in whole optimizer
+    steps, at least one per phase.
+
+    With linear growth and no `final_share`, D_j is 2j / (T (T + 1)) of all (eq. 11). A larger
+    `final_share` moves the cuts forward: the phases before the last share what it leaves.
 
     Args:
         before, target: parameters of the whole model, P_0 and P_T.
@@ -66,8 +69,7 @@ def make_phases(
             f"{count} phases need at least one each. Give more --tokens, a smaller --batch-tokens "
             "or fewer --phases."
         )
-    shares = [_weight(settings.growth, j, count) for j in range(1, count + 1)]
-    steps = _apportion(shares, total_steps)
+    steps = _apportion(_shares(settings, count), total_steps)
     phases = []
     for j in range(1, count + 1):
         size = before - round((before - target) * j / count)
@@ -78,6 +80,18 @@ def make_phases(
 def tokens_per_step(settings: RecoverySettings) -> int:
     """`batch_tokens`, rounded down to whole windows."""
     return settings.batch_tokens // settings.sequence_length * settings.sequence_length
+
+
+def _shares(settings: RecoverySettings, count: int) -> list[float]:
+    """Of the tokens, by phase.
+
+    >>> _shares(RecoverySettings(final_share=0.8), 3)
+    [0.06666666666666665, 0.1333333333333333, 0.8]
+    """
+    weights = [_weight(settings.growth, j, count) for j in range(1, count + 1)]
+    *first, last = [weight / sum(weights) for weight in weights]
+    final = max(last, settings.final_share) if first else 1.0
+    return [*(share * (1 - final) / (1 - last) for share in first), final]
 
 
 def _weight(growth: str, j: int, count: int) -> float:

@@ -29,6 +29,15 @@ class RecoverySettings(BaseModel):
         Literal["linear", "constant", "cosine"],
         Field(description="How the tokens of a phase grow with its number (eq. 11: linear)."),
     ] = "linear"
+    final_share: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="At least this share of the tokens trains the last phase; 0: what growth "
+            "gives it (paper).",
+        ),
+    ] = 0.75
     moments: Annotated[
         Literal["carry", "reset"],
         Field(description="What becomes of the optimizer's moments of the weights that stay."),
