@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_pruner import checkpoint, load_tokenizer
+from adapt_pruner import files, load_tokenizer
 from adapt_pruner.data import domains
 from adapt_pruner.data.npy import RowWriter
 from adapt_pruner.data.packing import GROWTH, PackedData, prepare, windows_needed
@@ -430,7 +430,7 @@ class TestCache:
             elif point == "account":
                 patch.setattr(domains, "write_json", die)
             elif point == "rename":
-                patch.setattr(checkpoint, "_take_place", die)
+                patch.setattr(files, "_take_place", die)
             else:
                 replace = os.replace
                 patch.setattr(os, "replace", lambda *paths: (replace(*paths), die()))
@@ -465,7 +465,7 @@ class TestCache:
 
     def test_disk_that_is_too_small_is_noticed_before(self, pack, tmp_path, monkeypatch):
         usage = SimpleNamespace(free=2000)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
         monkeypatch.setattr(domains, "read_rows", lambda *_: pytest.fail("read"))
         with pytest.raises(WritingError, match=r"only 0\.00 GB are free"):
             pack()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from .api import Listener, PruningResult, prune
-from .checkpoint import check_output, save_result
+from .checkpoint import save_result
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
+from .files import check_output
 from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
 from .settings import PruneSettings

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..checkpoint import atomic_directory, check_output, is_full_disk, write_json
 from ..errors import DataError, WritingError
+from ..files import atomic_directory, check_output, is_full_disk, write_json
 from . import pydocs
 from .fingerprints import of_source, of_texts, of_tokenizer, short_hash
 from .formats import ChatTemplate, Document, Layout, TemplateRefusal, detect

@@ -23,9 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint import atomic_directory, write_json
 from ..errors import InvalidSettings, WritingError
-from ..files import write_atomically
+from ..files import atomic_directory, write_atomically, write_json
 from ..loading import read_json
 from .moments import Moments, flatten, unflatten
 

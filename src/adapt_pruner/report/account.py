@@ -73,7 +73,7 @@ def _hub_name(source: str) -> str | None:
 
 def write_account(directory: Path, name: str, result: PruningResult) -> None:
     """Write run.json, README.md, report.html and pictures/ beside the other files of a run."""
-    from ..checkpoint import write_json
+    from ..files import write_json
     from .record import RUN_FILE, read_run
 
     write_json(directory / RUN_FILE, run_record(result))
