@@ -54,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404)
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_GET
 
     def _find(self, kind: str, name: str, revision: str | None) -> Path | None:
         directory = self.hub.root / kind / name
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = [_entry(directory, path) for path in chosen if path.exists()]
         else:
             name = directory.relative_to(self.hub.root).as_posix().partition("/")[2]
-            answer = {"id": name, "sha": self.commit, "tags": [], "siblings": []}
+            answer = {"id": name, "sha": self.commit}
         return self._send(200, json.dumps(answer).encode())
 
     def _send_file(self, directory: Path, name: str, file: str) -> None:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -18,9 +20,6 @@ from safetensors.torch import load_file
 
 from conftest import WORDS, Outcome
 from fake_hub import FakeHub
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 SHARDS, ROWS = 6, 4000
 """Several times what is held to be shuffled."""
@@ -52,7 +51,7 @@ class Program:
     """The command line in a process of its own, in `place`, with the hub at `url`."""
 
     def __init__(self, place: Path, url: str):
-        self.place, self.log = place, (place / "stderr").open("w+")
+        self.place, self.log = place, (place / "stderr").open("a+")
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -60,6 +59,7 @@ class Program:
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(place / "hf"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
             "ADAPT_PRUNER_CACHE": str(place / "cache"),
         }
         self.process = subprocess.Popen(
@@ -112,14 +112,16 @@ def place(tmp_path_factory, documents, llama) -> Path:
 
 def _models(place: Path, llama: Path) -> None:
     models = place / "hub" / "models" / "org"
-    for name in ("llama", "plan", "gated", "pickles", "code", "unknown"):
+    for name in ("llama", "plan", "measured", "gated", "pickles", "code", "unknown"):
         shutil.copytree(llama, models / name)
     torch.save(load_file(llama / "model.safetensors"), models / "pickles" / "pytorch_model.bin")
     (models / "pickles" / "model.safetensors").unlink()
     for name in ("code", "unknown"):
         (models / name / "own.py").write_text(
             f"open('{place}/executed', 'w').close()\n"
-            "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class Config(LlamaConfig): ...\n"
+            "class Model(LlamaForCausalLM): config_class = Config\n"
         )
         config = json.loads((llama / "config.json").read_text())
         config["auto_map"] = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
@@ -178,8 +180,19 @@ def test_the_hub_gives_what_a_directory_gives(hub, run, place):
     assert record["base_model"] == "org/llama"
 
 
+def test_measurements_are_kept_under_the_commit_of_the_model(hub, run, run_without_hub, place):
+    command = ("evaluate", "org/measured", "--text", "local.txt", "--json", "scores.json")
+    outcome = run(*command)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "model.safetensors" in hub.fetched("org/measured")
+    (found,) = json.loads((place / "scores.json").read_text())["models"]
+    commit = hub.commit("models", "org/measured")
+    assert found["records"][0]["key"]["model"] == {"name": "org/measured", "revision": commit}
+    assert "results were measured before" in run_without_hub(*command).out
+
+
 def test_text_of_the_hub_is_measured(hub, run):
-    outcome = run("evaluate", "org/llama", "--text", "org/words", "--limit", "5")
+    outcome = run("evaluate", "demo", "--text", "org/words", "--limit", "5")
     assert (outcome.status, outcome.err) == (0, "")
     assert "token_perplexity" in outcome.out
 
@@ -198,7 +211,7 @@ def test_a_mixture_is_streamed_as_far_as_needed_and_not_fetched_again(
     assert 2 <= len(hub.fetched("org/words") - {"README.md"}) < SHARDS
     assert "hard/test.parquet" in hub.fetched("org/tasks")
     assert not any("easy" in file for file in hub.fetched("org/tasks"))
-    outcome = run_without_hub(*command)
+    outcome = run_without_hub(*command, "-q")
     assert (outcome.status, outcome.err) == (0, "")
     domains = json.loads((place / "run" / "run.json").read_text())["training"]["domains"]
     assert {name: domain["revision"] for name, domain in domains.items()} == {
@@ -224,7 +237,8 @@ def test_remote_code_runs_only_when_trusted(hub, run, place):
     assert run("prune", "org/code", "-o", "code", *command).status == 0
     assert "own.py" not in "".join(hub.requests)
     assert not (place / "executed").exists()
-    run("prune", "org/code", "-o", "trusted", "--trust-remote-code", *command)
+    outcome = run("prune", "org/code", "-o", "trusted", "--trust-remote-code", *command)
+    assert (outcome.status, outcome.err) == (0, "")
     assert (place / "executed").exists()
 
 
@@ -264,22 +278,28 @@ def test_what_the_hub_does_not_give(hub, run, place, arguments, says):
     ],
 )
 def test_sources_that_the_hub_does_not_give(hub, run, place, source, says):
-    (place / "bad.yaml").write_text(yaml.safe_dump({"sources": [source]}))
+    """Before others are tokenised, which may take hours."""
+    sources = [{"path": "org/words", "name": "others"}, source]
+    (place / "bad.yaml").write_text(yaml.safe_dump({"sources": sources}))
     command = ("accel", "org/llama", "-o", "no", "--data", "bad.yaml")
     assert_refused(run(*command, "--calibration", "local.txt", *ACCEL), says, place)
+    assert len(hub.fetched("org/words") - {"README.md"}) <= 2
+    assert not list((place / "cache" / "data").glob("others-*"))
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--calibration", "--evaluate", "--exclude"])
 def test_names_are_looked_up_before_data_are_tokenised(hub, run, place, option):
-    arguments = ("--data", "org/words", "--calibration", "local.txt", *ACCEL, "--alpha", "0.5")
+    arguments = ("--data", "org/words", "--calibration", "local.txt", *ACCEL,
+                 "--alpha", "0.5", "--data-cache", "own-cache")  # fmt: skip
     outcome = run("accel", "org/llama", "-o", "no", *arguments, option, "org/nothing")
     assert_refused(outcome, "'org/nothing'", place)
-    assert not hub.fetched("org/words")
+    assert not list((place / "own-cache").glob("words-*"))
 
 
 def test_hub_that_cannot_be_reached(run_without_hub, place):
-    prune = ("prune", "org/llama", "-o", "no", *PRUNE)
-    accel = ("accel", "org/llama", "-o", "no", "--calibration", "local.txt", *ACCEL)
+    here = str(place / "hub/models/org/llama")
+    prune = ("prune", here, "-o", "no", *PRUNE)
+    accel = ("accel", here, "-o", "no", "--calibration", "local.txt", *ACCEL)
     for command, says in [
         (("inspect", "org/other"), "the hub cannot be reached"),
         ((*prune, "--calibration", "org/other"), "Couldn't reach 'org/other' on the Hub"),

@@ -175,7 +175,7 @@ def empty_model(name: str, trust_remote_code: bool = False) -> Any:
     config = load_config(name, trust_remote_code)
     architecture_of(config)
     with reading(name, "configuration"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

@@ -78,14 +78,19 @@ def read_rows(
     Raises:
         DataError: naming file and line of what cannot be read.
     """
+    return shuffled(rows_by_file(path, subset, split, revision, seed), seed)
+
+
+def rows_by_file(
+    path: str, subset: str | None, split: str | None, revision: str | None, seed: int
+) -> Iterator[Row]:
+    """As `read_rows`, but only the files are shuffled: the first row is there at once."""
     if path == EMBEDDED:
         documents = enumerate(pydocs.documents("train"), 1)
-        rows = (Row({"text": text}, f"'{path}' document {i}") for i, text in documents)
-    elif (place := local_path(path)) is not None:
-        rows = _rows_of(files_in(place), seed)
-    else:
-        rows = _hub_rows(path, subset, split or "train", revision, seed)
-    return shuffled(rows, seed)
+        return (Row({"text": text}, f"'{path}' document {i}") for i, text in documents)
+    if (place := local_path(path)) is not None:
+        return _rows_of(files_in(place), seed)
+    return _hub_rows(path, subset, split or "train", revision, seed)
 
 
 def hub_revision(name: str, revision: str | None) -> str | None:
