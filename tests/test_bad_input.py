@@ -432,7 +432,7 @@ class TestCalibration:
 
     @pytest.mark.parametrize("name", ["some-lab/some-text", "nowhere"])
     def test_data_set_on_the_hub_while_offline(self, refuse, name):
-        says = (f"Data set '{name}' cannot be read", "local txt, jsonl or parquet file")
+        says = (f"Data set '{name}' cannot be read", "local txt, jsonl, json or parquet file")
         refuse(calibration=name, says=says)
 
     @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.parquet"])

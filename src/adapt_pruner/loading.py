@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -58,6 +59,14 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         if model_type not in CONFIG_MAPPING:
             architecture_of(PreTrainedConfig.from_dict(raw))  # says why it is not supported
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def commit_of(name: str) -> str | None:
+    """The commit of a model on the hub whose configuration was just read; None for a directory."""
+    if Path(name).is_dir():
+        return None
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _mobilellm(raw: dict[str, Any]) -> LlamaConfig:
@@ -109,6 +118,8 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
+            # For pickles on "main", transformers asks a service to convert them on the hub.
+            revision=commit_of(name) or "main",
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             device_map=device_map,
             use_safetensors=True,
@@ -164,7 +175,7 @@ def empty_model(name: str, trust_remote_code: bool = False) -> Any:
     config = load_config(name, trust_remote_code)
     architecture_of(config)
     with reading(name, "configuration"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

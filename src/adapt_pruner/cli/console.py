@@ -46,6 +46,7 @@ err = Console(stderr=True, highlight=False)
 def hush_libraries() -> None:
     """Keep the libraries' own bars and notices out of the program's output."""
     import datasets
+    import huggingface_hub
     import transformers
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -53,6 +54,7 @@ def hush_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
     logging.getLogger("fsspec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 

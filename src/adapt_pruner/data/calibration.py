@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from . import pydocs
-from .reading import DOCUMENT_SEPARATOR, READERS, files_in
+from .reading import DOCUMENT_SEPARATOR, READERS, explain_hub, files_in
 from .reading import EMBEDDED as EMBEDDED
 
 
@@ -208,12 +208,9 @@ def _stream(name: str, files: list[Path] | None) -> Any:
 
 
 def _explain(error: Exception, name: str, files: list[Path] | None, source: str) -> str:
-    text = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
     if files is None:
-        return (
-            f"Data set '{source}' cannot be read: {text}. Name one on the hub that you can reach, "
-            "or a local txt, jsonl or parquet file."
-        )
+        return explain_hub(source, error)
+    text = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
     damaged = next((file for file in files if not _is_readable(name, file)), files[0])
     return f"'{damaged}' cannot be read: {text}. Correct the file, or leave it out."
 

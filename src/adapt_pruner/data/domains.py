@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from .formats import ChatTemplate, Document, Layout, TemplateRefusal, detect
 from .mixture import Mixture, Source
 from .npy import RowWriter
 from .overlap import Overlap
-from .reading import EMBEDDED, files_in, hub_revision, read_rows, strings_in
+from .reading import EMBEDDED, files_in, hub_revision, read_rows, rows_by_file, strings_in
 from .tokenising import tokenised
 
 LossOn = Literal["all", "answers"]
@@ -122,6 +122,18 @@ class DomainCache:
         how = [source.format, source.columns, windows]
         return short_hash([self._key, how, of_source(source)])
 
+    def check(self, source: Source, windows: int) -> None:
+        """Look at the first row of a source that is not in the cache, before others take hours.
+
+        Raises:
+            DataError: as `domain` does of whatever shows in it.
+        """
+        if _open(self._place(source, windows), source):
+            return
+        rows = rows_by_file(source.path, source.subset, source.split, source.revision, self.seed)
+        for row in islice(rows, 1):
+            self._template_for(detect(row, source.path, source.format, source.columns), source)
+
     def domain(self, source: Source, windows: int, on_progress: Progress) -> PackedDomain:
         """Open the first `windows` windows of a source, or all; tokenise them if need be.
 
@@ -129,8 +141,7 @@ class DomainCache:
             DataError: if the source is malformed or empty.
             WritingError: if the cache cannot be written.
         """
-        name = re.sub(r"[^\w.-]+", "-", source.name)
-        place = self.directory / f"{name}-{self.key(source, windows)}"
+        place = self._place(source, windows)
         if packed := _open(place, source):
             return packed
         check_output(place, overwrite=True, needed_bytes=self._largest_size(source, windows))
@@ -147,6 +158,10 @@ class DomainCache:
         packed = _open(place, source)
         assert packed is not None
         return packed
+
+    def _place(self, source: Source, windows: int) -> Path:
+        name = re.sub(r"[^\w.-]+", "-", source.name)
+        return self.directory / f"{name}-{self.key(source, windows)}"
 
     @property
     def _dtype(self) -> type[np.unsignedinteger]:

@@ -90,10 +90,14 @@ def prepare(
     )
     sources = [source for source in mixture.sources if source.weight]
     total = -(-tokens // sequence_length)
-    domains = []
+    shares = []
     for source in sources:
         needed = windows_needed(total, source.weight, len(sources))
         most = needed if mixture.policy == "fixed" else min(GROWTH * needed, total)
+        store.check(source, most)
+        shares.append((source, needed, most))
+    domains = []
+    for source, needed, most in shares:
         domain = store.domain(source, most, on_progress or _ignore)
         _check_size(domain, needed, total, len(sources), sequence_length, repeat)
         domains.append(domain)

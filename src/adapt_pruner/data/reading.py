@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,19 @@ def read_rows(
     Raises:
         DataError: naming file and line of what cannot be read.
     """
+    return shuffled(rows_by_file(path, subset, split, revision, seed), seed)
+
+
+def rows_by_file(
+    path: str, subset: str | None, split: str | None, revision: str | None, seed: int
+) -> Iterator[Row]:
+    """As `read_rows`, but only the files are shuffled: the first row is there at once."""
     if path == EMBEDDED:
         documents = enumerate(pydocs.documents("train"), 1)
-        rows = (Row({"text": text}, f"'{path}' document {i}") for i, text in documents)
-    elif (place := local_path(path)) is not None:
-        rows = _rows_of(files_in(place), seed)
-    else:
-        rows = _hub_rows(path, subset, split or "train", revision, seed)
-    return shuffled(rows, seed)
+        return (Row({"text": text}, f"'{path}' document {i}") for i, text in documents)
+    if (place := local_path(path)) is not None:
+        return _rows_of(files_in(place), seed)
+    return _hub_rows(path, subset, split or "train", revision, seed)
 
 
 def hub_revision(name: str, revision: str | None) -> str | None:
@@ -252,14 +259,22 @@ def _hub_rows(
     import datasets
 
     try:
-        rows = datasets.load_dataset(
+        data: Any = datasets.load_dataset(
             name, subset, split=split, revision=revision, streaming=True
-        ).shuffle(seed=seed, buffer_size=1)  # the files alone; rows are shuffled by the caller
-        for number, values in enumerate(rows, 1):
+        )
+        files = [data.shard(data.num_shards, i) for i in range(data.num_shards)]
+        random.Random(seed).shuffle(files)  # read one after the other, as local ones
+        for number, values in enumerate(chain.from_iterable(files), 1):
             yield Row(values, f"'{name}' row {number}")
     except Exception as error:  # of many libraries
-        text = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"Data set '{name}' cannot be read: {text}. Name one on the hub that you can reach, "
-            "or a local txt, jsonl, json or parquet file."
-        ) from error
+        raise DataError(explain_hub(name, error)) from error
+
+
+def explain_hub(name: str, error: Exception) -> str:
+    """What to say of a data set of the hub that cannot be read."""
+    first, *more = (str(error).strip() or repr(error)).splitlines()
+    advice = "Name one on the hub that you can reach, or a local txt, jsonl, json or parquet file."
+    if more and (found := re.search(r"available configs: (\[.*\])", more[0])):
+        first = f"it has several configurations, {found[1]}"
+        advice = "Say which as `subset` in a mixture file, or name other text."
+    return f"Data set '{name}' cannot be read: {first.rstrip('.')}. {advice}"

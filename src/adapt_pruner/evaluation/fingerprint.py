@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from .. import __version__
 from ..errors import UnsupportedModel
-from ..loading import load_config, reading, resolve_name
+from ..loading import commit_of, load_config, reading, resolve_name
 from .store import digest
 
 # What changes when a model is saved or moved, and not what it computes.
@@ -51,7 +51,7 @@ def of_name(name: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[
     config = load_config(name, trust_remote_code)
     directory = Path(resolve_name(name))
     if not directory.is_dir():
-        commit = getattr(config, "_commit_hash", None)
+        commit = commit_of(name)
         return {"name": name, "revision": commit} if commit else None
     files = _weight_files(directory)
     if not all(file.is_file() for file in files):

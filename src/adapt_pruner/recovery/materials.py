@@ -19,7 +19,7 @@ from ..data.mixture import read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..loading import load_model, load_tokenizer
+from ..loading import empty_model, load_model, load_tokenizer
 from ..methods.adapt_pruner import limits_of
 from ..run import evaluation_texts, stored_dtype
 from .objective import IGNORED, loss_sums, targets_of
@@ -95,7 +95,11 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     vocab_size = model.get_input_embeddings().weight.shape[0]
     seed = settings.seed if recovery.train_seed is None else recovery.train_seed
 
+    if request.teacher:
+        check_vocabularies(model, empty_model(request.teacher, request.trust_remote_code))
+
     listener.on_prepare("reading the data")
+    calibration = calibration_for(model, tokenizer, settings)
     with accelerator.main_process_first():
         data = prepare(
             read_mixture(request.data),
@@ -113,7 +117,6 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
             ),
         )
     listener.on_data(data.describe())
-    calibration = calibration_for(model, tokenizer, settings)
     return Materials(
         accelerator, tokenizer, model, stored_dtype(model), target, phases, data, calibration,
         texts, None, seed,
@@ -150,7 +153,6 @@ def make_teacher(
     """
     recovery, accelerator = request.recovery, materials.accelerator
     model = read_model(request, request.teacher or request.model, accelerator)
-    check_vocabularies(materials.model, model)
     if recovery.teacher_top_k is None:
         return OnlineTeacher(model)
     if materials.data.mixture.policy == "dynamic":
