@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import adapt_pruner
 from adapt_pruner import find_anatomy, load_calibration, load_model, prune
@@ -27,11 +27,11 @@ from adapt_pruner.recovery.request import AccelOutcome, AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.settings import make_settings
-from picomodels import build
+from picomodels import VOCAB_SIZE, build
 
 TRAINING = {
     "phases": 3, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 3e-3, "repeat": True,
-    "moments": "carry", "alpha": 0.0,
+    "moments": "carry", "alpha": 0.0, "final_share": 0.0,
 }  # fmt: skip
 
 
@@ -460,6 +460,16 @@ def test_windows_longer_than_the_model_reads(request_, tmp_path):
     with pytest.raises(InvalidSettings, match=r"window_length: .* at most 64 tokens; got 100"):
         run_accel(replace(request_, settings=settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_teacher_may_be_of_a_kind_that_cannot_be_pruned(request_, tokenizer, tmp_path):
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    request = replace(request_, teacher=str(tmp_path / "teacher"))
+    request = with_training(request, alpha=0.5, phases=1)
+    assert plan_accel(request).flops > plan_accel(request_).flops
+    finish(request, tmp_path / "run")
 
 
 def test_teacher_of_another_vocabulary(request_, tokenizer, tmp_path):

@@ -105,10 +105,7 @@ def load_model(
         UnsupportedModel: if it cannot be pruned. Raised before weights are read.
     """
     config = load_config(name, trust_remote_code)
-    if prunable:
-        architecture_of(config)
-    else:
-        check_causal(config)
+    _check_kind(config, prunable)
     device = resolve_device(device)
     if dtype == "auto" and device == "cpu" and device_map is None:
         dtype = "float32"
@@ -135,6 +132,13 @@ def load_model(
         if device_map is None:
             model.to(device)
     return model.eval()
+
+
+def _check_kind(config: Any, prunable: bool) -> None:
+    if prunable:
+        architecture_of(config)
+    else:
+        check_causal(config)
 
 
 def resolve_device(name: str) -> str:
@@ -170,10 +174,13 @@ def check_causal(config: Any) -> None:
         )
 
 
-def empty_model(name: str, trust_remote_code: bool = False) -> Any:
-    """Build a model on the meta device from its configuration; no weights are read."""
+def empty_model(name: str, trust_remote_code: bool = False, prunable: bool = True) -> Any:
+    """Build a model on the meta device from its configuration; no weights are read.
+
+    Args, Raises: as `load_model`.
+    """
     config = load_config(name, trust_remote_code)
-    architecture_of(config)
+    _check_kind(config, prunable)
     with reading(name, "configuration"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 

@@ -55,10 +55,13 @@ class Materials:
         return WindowSampler(self.data, self.seed)
 
 
-def read_model(request: AccelRequest, name: str, accelerator: Accelerator) -> Any:
+def read_model(
+    request: AccelRequest, name: str, accelerator: Accelerator, prunable: bool = True
+) -> Any:
     """Load a model in the precision of training, onto the device of this process."""
     dtype = "float32" if request.settings.dtype == "auto" else request.settings.dtype
-    model = load_model(name, dtype, "cpu", trust_remote_code=request.trust_remote_code)
+    trust = request.trust_remote_code
+    model = load_model(name, dtype, "cpu", trust_remote_code=trust, prunable=prunable)
     return model.to(accelerator.device)
 
 
@@ -96,7 +99,8 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     seed = settings.seed if recovery.train_seed is None else recovery.train_seed
 
     if request.teacher:
-        check_vocabularies(model, empty_model(request.teacher, request.trust_remote_code))
+        teacher = empty_model(request.teacher, request.trust_remote_code, prunable=False)
+        check_vocabularies(model, teacher)
 
     listener.on_prepare("reading the data")
     calibration = calibration_for(model, tokenizer, settings)
@@ -152,7 +156,7 @@ def make_teacher(
         InvalidSettings: if it has another vocabulary, or cannot be asked in advance.
     """
     recovery, accelerator = request.recovery, materials.accelerator
-    model = read_model(request, request.teacher or request.model, accelerator)
+    model = read_model(request, request.teacher or request.model, accelerator, prunable=False)
     if recovery.teacher_top_k is None:
         return OnlineTeacher(model)
     if materials.data.mixture.policy == "dynamic":

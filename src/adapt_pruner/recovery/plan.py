@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..anatomy import Anatomy, find_anatomy
+from ..anatomy import Anatomy, count_parameters, find_anatomy
 from ..api import Size
 from ..loading import empty_model
 from ..plan import make_plan
@@ -96,7 +96,8 @@ def _teacher_parameters(request: AccelRequest, anatomy: Anatomy) -> int:
         return 0
     if not request.teacher:
         return anatomy.total_parameters
-    return find_anatomy(empty_model(request.teacher, request.trust_remote_code)).total_parameters
+    teacher = empty_model(request.teacher, request.trust_remote_code, prunable=False)
+    return count_parameters(teacher)
 
 
 def _flops_per_token(request: AccelRequest, anatomy: Anatomy, phase: Phase, teacher: int) -> float:
