@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,18 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import adapt_pruner
 from adapt_pruner import find_anatomy, load_calibration, load_model, prune
-from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, NonFiniteError, WritingError
+from adapt_pruner.errors import (
+    AdaptPrunerError,
+    Interrupted,
+    InvalidSettings,
+    NonFiniteError,
+    WritingError,
+)
+from adapt_pruner.recovery import accel, lora, state, training
 from adapt_pruner.recovery import finish as finishing
-from adapt_pruner.recovery import state, training
 from adapt_pruner.recovery.accel import Run, run_accel
 from adapt_pruner.recovery.plan import plan_accel
-from adapt_pruner.recovery.request import AccelOutcome, AccelRequest
+from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.settings import make_settings
@@ -59,7 +66,10 @@ def request_(llama, text_file) -> AccelRequest:
 
 
 def with_training(request: AccelRequest, **changes: Any) -> AccelRequest:
-    return replace(request, recovery=make_recovery_settings(**{**TRAINING, **changes}))
+    options = {**TRAINING, **changes}
+    if options.get("lora_rank"):
+        options["moments"] = "reset"
+    return replace(request, recovery=make_recovery_settings(**options))
 
 
 def finish(request: AccelRequest, place: Path) -> Any:
@@ -76,6 +86,11 @@ def assert_equal(one: Path, other: Path) -> None:
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def closed_phases(place: Path) -> list[dict[str, Any]]:
+    phases = json.loads((place / "phases.json").read_text())
+    return [{k: v for k, v in phase.items() if k != "seconds"} for phase in phases]
 
 
 def logged(place: Path) -> list[dict[str, Any]]:
@@ -271,7 +286,10 @@ KILLS: dict[str, Callable[[], None]] = {
     "between log and checkpoint": lambda: kill_at(Run, "_log", 8, False),
     "inside a checkpoint": lambda: setattr(state, "save_file", half_a_file),
     "before a checkpoint has its name": lambda: kill_at(state, "write_json", 3, False),
-    "after the last checkpoint": lambda: kill_at(state.RunDirectory, "save", 7, False),
+    "before a phase is closed": lambda: kill_at(Run, "close", 2, True),
+    "before the last phase is closed": lambda: kill_at(Run, "close", 3, True),
+    "while a phase is measured": lambda: kill_at(Run, "_measure", 3, True),
+    "after the last checkpoint": lambda: kill_at(state.RunDirectory, "save", 5, False),
     "while the result is written": lambda: kill_at(finishing, "save_result", 1, False),
     "while the result is moved": lambda: kill_at(finishing, "_rename", 3, False),
 }
@@ -322,6 +340,7 @@ def test_killed_run_goes_on_to_the_same_weights(
     assert_equal(place, uninterrupted)
     losses = [(line["step"], line["loss"]) for line in logged(place)]
     assert losses == [(line["step"], line["loss"]) for line in logged(uninterrupted)]
+    assert closed_phases(place) == closed_phases(uninterrupted)
     assert not [entry for entry in place.rglob("*") if "partial" in entry.name]
 
 
@@ -341,9 +360,11 @@ def test_killed_run_of_other_kinds_goes_on_to_the_same_weights(changes, request_
 
 def test_stop_after_and_go_on(request_, uninterrupted, tmp_path):
     place = tmp_path / "run"
-    outcome = run_accel(replace(request_, stop_after=1), place)
-    assert outcome.result is None
-    assert "after phase 1 of 3" in outcome.stopped
+    for _ in range(2):
+        outcome = run_accel(replace(request_, stop_after=1), place)
+        assert outcome.result is None
+        assert "after phase 1 of 3" in outcome.stopped
+        assert [phase["phase"] for phase in closed_phases(place)] == [1]
     (checkpoint,) = (place / "checkpoints").iterdir()
     AutoModelForCausalLM.from_pretrained(checkpoint)
     finish(request_, place)
@@ -351,19 +372,100 @@ def test_stop_after_and_go_on(request_, uninterrupted, tmp_path):
     assert "finished" in run_accel(request_, place).stopped
 
 
-def test_budgets_of_time_and_loss(request_, text_file, tmp_path):
-    stopped = run_accel(replace(request_, max_hours=1e-9), tmp_path / "time")
-    assert "hours are over" in stopped.stopped
+def test_budgets_of_time_and_loss(request_, text_file, uninterrupted, tmp_path, monkeypatch):
+    """Hours are those of one call: each goes on from where the one before stopped."""
+    assert "at step 0 of 12" in run_accel(replace(request_, max_hours=1e-9), tmp_path / "t").stopped
+    original = training.PhaseTraining.step
+
+    def slow(self, *args):
+        hour = time.perf_counter() + 3600
+        monkeypatch.setattr(accel.time, "perf_counter", lambda: hour)
+        return original(self, *args)
+
+    for step in range(1, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(training.PhaseTraining, "step", slow)
+            stopped = run_accel(replace(request_, max_hours=0.9), tmp_path / "t").stopped
+        assert f"0.9 hours are over, at step {step} of 12" in stopped
+    finish(request_, tmp_path / "t")
+    assert_equal(tmp_path / "t", uninterrupted)
+
+
+def test_budget_of_loss(request_, text_file, tmp_path):
     limited = replace(request_, evaluate=str(text_file), max_loss=0.01)
-    assert "above 0.01" in run_accel(limited, tmp_path / "loss").stopped
+    for _ in range(2):
+        assert "After phase 1" in run_accel(limited, tmp_path / "loss").stopped
     finish(replace(request_, evaluate=str(text_file)), tmp_path / "loss")
 
 
-def test_resume_with_other_settings_says_which(request_, tmp_path):
+def test_resume_with_other_settings_says_which(request_, uninterrupted, tmp_path):
     run_accel(replace(request_, stop_after=1), tmp_path / "run")
     with pytest.raises(InvalidSettings, match=r"learning_rate: 0\.003 became 0\.001"):
         run_accel(with_training(request_, learning_rate=1e-3), tmp_path / "run")
+    finish(with_training(request_, max_loss_spike=9.0), tmp_path / "run")  # changes no result
+    assert_equal(tmp_path / "run", uninterrupted)
     finish(replace(with_training(request_, learning_rate=1e-3), overwrite=True), tmp_path / "run")
+
+
+def test_resume_in_bfloat16_is_the_same_model(request_, tmp_path):
+    settings = request_.settings.model_copy(update={"dtype": "bfloat16"})
+    request = replace(request_, settings=settings)
+    finish(request, tmp_path / "whole")
+    run_accel(replace(request, stop_after=1), tmp_path / "stopped")
+    finish(request, tmp_path / "stopped")
+    assert_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_result_is_stored_as_the_source_is(request_, tokenizer, tmp_path):
+    build("llama", torch.bfloat16).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    finish(
+        with_training(replace(request_, model=str(tmp_path / "source")), phases=1), tmp_path / "r"
+    )
+    assert {tensor.dtype for tensor in weights(tmp_path / "r").values()} == {torch.bfloat16}
+
+
+def test_cut_that_is_coarser_than_a_phase(request_, tmp_path):
+    """A phase whose target has been passed already cuts nothing."""
+    settings = request_.settings.model_copy(update={"multiple": 16})
+    request = with_training(replace(request_, settings=settings, sparsity=0.1), phases=12)
+    result = finish(request, tmp_path / "run")
+    sizes = [phase["parameters"] for phase in closed_phases(tmp_path / "run")]
+    assert len(set(sizes)) < 12
+    assert sizes[-1] == result.after.total <= result.target
+
+
+def test_one_run_at_a_time(request_, tmp_path, monkeypatch):
+    def meanwhile(self, phase):
+        with pytest.raises(WritingError, match="Another run is at work"):
+            run_accel(request_, tmp_path / "run")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "cut", meanwhile)
+        with pytest.raises(Interrupted, match="Interrupted at step 0"):
+            run_accel(request_, tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
+    finish(request_, tmp_path / "run")
+
+
+def test_record_that_is_damaged(request_, tmp_path):
+    run_accel(replace(request_, stop_after=1), tmp_path / "run")
+    for content in ("[]", "a: [", ""):
+        (tmp_path / "run" / "run.yaml").write_text(content)
+        with pytest.raises(InvalidSettings, match=r"run\.yaml"):
+            run_accel(request_, tmp_path / "run")
+
+
+def test_whatever_a_kill_left_is_cleared_away(request_, tmp_path):
+    place = tmp_path / "run"
+    run_accel(replace(request_, stop_after=1), place)
+    (place / "..result.partial-0123").mkdir()
+    finish(request_, place)
+    assert not list(place.glob("..result*"))
+    (place / "checkpoints" / "step-00000012").mkdir(parents=True)
+    assert "finished" in run_accel(request_, place).stopped
+    assert not (place / "checkpoints").exists()
 
 
 def test_other_directories_are_not_touched(request_, tmp_path):
@@ -377,7 +479,9 @@ def test_other_directories_are_not_touched(request_, tmp_path):
 # What goes wrong.
 
 
-def test_refused_request_leaves_nothing_and_overwrite_loses_nothing(request_, tmp_path):
+def test_refused_request_leaves_nothing_and_overwrite_loses_nothing(
+    request_, tmp_path, monkeypatch
+):
     for _ in range(2):
         with pytest.raises(AdaptPrunerError, match="larger than the data"):
             run_accel(
@@ -387,6 +491,13 @@ def test_refused_request_leaves_nothing_and_overwrite_loses_nothing(request_, tm
     run_accel(replace(request_, stop_after=1), tmp_path / "run")
     with pytest.raises(AdaptPrunerError, match=r"gone\.txt"):
         run_accel(replace(request_, data="gone.txt", overwrite=True), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "find_spec", lambda name: None)
+        with pytest.raises(InvalidSettings, match="needs peft"):
+            run_accel(
+                with_training(replace(request_, overwrite=True), lora_rank=2), tmp_path / "run"
+            )
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
@@ -445,6 +556,14 @@ def test_full_disk_loses_nothing(what, request_, uninterrupted, tmp_path, monkey
         ({"data": "no-such-file.txt"}, "no-such-file.txt"),
         ({"model": "./no-such-model"}, "no model directory"),
         ({"report_to": ("tensorbord",)}, "tensorbord"),
+        ({"report_to": "tensorboard"}, "report_to: a list of names"),
+        ({"tokens": "1K"}, "tokens: a whole number"),
+        ({"save_steps": 0}, "save_steps: a whole number of at least 1; got 0"),
+        ({"settings": make_settings(dtype="float16")}, "float16 is too small"),
+        (
+            {"recovery": make_recovery_settings(lora_rank=2, moments="carry")},
+            "moments: .* take reset",
+        ),
     ],
 )
 def test_bad_requests(changes, message, request_, tmp_path):
@@ -463,12 +582,15 @@ def test_windows_longer_than_the_model_reads(request_, tmp_path):
 
 
 def test_teacher_may_be_of_a_kind_that_cannot_be_pruned(request_, tokenizer, tmp_path):
-    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=16, n_layer=1, n_head=2, n_positions=64,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     request = replace(request_, teacher=str(tmp_path / "teacher"))
     request = with_training(request, alpha=0.5, phases=1)
-    assert plan_accel(request).flops > plan_accel(request_).flops
+    assert plan_accel(request).flops > plan_accel(with_training(request_, phases=1)).flops
     finish(request, tmp_path / "run")
 
 
@@ -570,7 +692,3 @@ def test_command_line_says_what_is_wrong(cli, llama, tmp_path, arguments, messag
     assert message in outcome.err
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "run").exists()
-
-
-def test_outcome_says_nothing_by_default():
-    assert AccelOutcome(None).stopped == ""

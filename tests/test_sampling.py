@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,14 @@ def test_exhausted_domain_is_refused_and_nothing_is_drawn():
         sampler.next(4)
     assert sampler.state_dict() == before
     assert len(sampler.next(2).input_ids) == 2
+
+
+def test_exhausted_domain_begins_again_where_weights_change():
+    data = packed([3, 10])
+    mixture = data.mixture.model_copy(update={"policy": "dynamic"})
+    sampler = WindowSampler(replace(data, mixture=mixture))
+    sampler.next(10)
+    assert sampler.drawn == {"d0": 5, "d1": 5}
 
 
 def test_state_of_other_data_is_refused():

@@ -39,13 +39,14 @@ RECIPE_KEYS = {
 @click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
 @click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
 @click.option("--stop-after", type=click.IntRange(1), help="Stop after this phase, to go on later.")
-@click.option("--max-hours", type=click.FloatRange(0, min_open=True), help="Stop after so long.")
+@click.option(
+    "--max-hours", type=click.FloatRange(0, min_open=True), help="Stop this call after so long."
+)
 @click.option("--max-loss", type=float, help="Stop at a phase whose evaluation loss is above it.")
 @click.option(
     "--save-steps", type=click.IntRange(1), default=500, show_default=True,
     help="Optimizer steps between checkpoints; one is also written after each phase.",
 )  # fmt: skip
-@click.option("--keep-checkpoint", is_flag=True, help="Keep moments and state at the end.")
 @click.option("--report-to", default="", help="Trackers: tensorboard, trackio, wandb, with commas.")
 @click.option("--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go.")
 @click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="For --dry-run.")
@@ -83,8 +84,7 @@ def command(
     how = {
         name: options.pop(name)
         for name in (
-            "overwrite", "stop_after", "max_hours", "max_loss", "save_steps", "keep_checkpoint",
-            "data_cache",
+            "overwrite", "stop_after", "max_hours", "max_loss", "save_steps", "data_cache",
         )
     }  # fmt: skip
     trackers = tuple(name.strip() for name in options.pop("report_to").split(",") if name.strip())
@@ -97,6 +97,8 @@ def command(
             raise click.UsageError(f"Say --{name}, such as --{name} {example}.")
     from_recipe = {k: v for k, v in said.items() if k in RecoverySettings.model_fields}
     given = {k: v for k, v in training.items() if v is not None}
+    if given.keys() & {"phases", "prune_per_phase"}:
+        from_recipe |= {"phases": None, "prune_per_phase": None}
     flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
     request = AccelRequest(
         model=model,

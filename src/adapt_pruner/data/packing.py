@@ -36,6 +36,12 @@ class PackedData:
     def num_tokens(self) -> int:
         return sum(domain.num_tokens for domain in self.domains)
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a domain that has given all it has begins again. With the dynamic policy it does:
+        nobody knows in advance how much of it will be wanted."""
+        return self.repeat or self.mixture.policy == "dynamic"
+
     def describe(self) -> list[str]:
         """A line per domain on what was found and taken."""
         return [_describe(domain, self.sequence_length) for domain in self.domains]

@@ -94,7 +94,7 @@ class WindowSampler:
         """(n, 2) int64: domain and window of the next `n` windows. Reads no data.
 
         Raises:
-            DataError: if a domain has none left and the data were prepared without `repeat`.
+            DataError: if a domain has none left and may not begin again.
         """
         indices = np.empty((n, 2), dtype=np.int64)
         drawn, position = self._drawn.copy(), self.num_windows
@@ -170,7 +170,7 @@ class WindowSampler:
         """The window that domain gives as its `count`-th, from 0."""
         packed = self.data.domains[domain]
         round_, place = divmod(count, packed.num_windows)
-        if round_ and not self.data.repeat:
+        if round_ and not self.data.may_repeat:
             raise _exhausted(packed, self.data.sequence_length)
         if self._orders.get(domain, (-1,))[0] != round_:
             name = zlib.crc32(packed.name.encode())

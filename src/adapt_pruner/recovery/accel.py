@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..anatomy import find_anatomy
 from ..api import PruningResult, Size, StepRecord, previous_record, prune
 from ..data.sampling import updated_weights
-from ..errors import NonFiniteError
+from ..errors import Interrupted, NonFiniteError
 from ..run import default_calibration, measure, protocol
 from ..settings import PruneSettings, make_settings
-from .finish import write_result
+from .finish import draw_progress, write_result
 from .launch import make_accelerator, start_trackers
 from .lora import add_lora, merge_lora
 from .materials import Materials, gather, make_teacher, reference_losses
@@ -86,24 +87,33 @@ def run_accel(
     """
     check_together(request)
     place, listener = RunDirectory(Path(output).expanduser()), listener or AccelListener()
+    began = time.perf_counter()
     with ExitStack() as stack:
         accelerator = make_accelerator(request, place.directory, stack)
         place.check(request.recipe(), request.overwrite)
         if place.is_finished and not request.overwrite:
+            place.discard_leftovers()
             return AccelOutcome(None, f"'{output}' holds this run already, finished.")
         materials = gather(request, accelerator, listener)
-        with accelerator.main_process_first():
-            place.begin(request.recipe(), request.overwrite and accelerator.is_main_process)
+        if accelerator.is_main_process:
+            place.begin(request.recipe(), request.overwrite, stack)
+        accelerator.wait_for_everyone()
         start_trackers(accelerator, request, stack)
         if request.recovery.alpha:
             materials.teacher = make_teacher(request, materials, place.directory, listener)
-        run = Run(request, place, materials, listener)
-        for phase in run.phases_left():
-            run.cut(phase)
-            run.train(phase)
-            run.close(phase)
-            if reason := run.reason_to_stop(phase):
-                return AccelOutcome(None, reason)
+        run = Run(request, place, materials, listener, began)
+        try:
+            while phase := run.next_phase():
+                if reason := run.reason_to_stop():
+                    return AccelOutcome(None, reason)
+                run.cut(phase)
+                run.train(phase)
+                run.close(phase)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"Interrupted at step {run.progress.step}. Run the same command again to go on "
+                f"from the last checkpoint in '{output}'."
+            ) from None
         result = run.result()
         if accelerator.is_main_process:
             write_result(result, request, place, materials.stored_dtype)
@@ -136,7 +146,9 @@ class Run:
         place: RunDirectory,
         materials: Materials,
         listener: AccelListener,
+        called: float,
     ):
+        """`called`: reading of the clock when the run was asked for."""
         self.request, self.place, self.materials = request, place, materials
         self.listener, self.recovery = listener, request.recovery
         self.accelerator, self.phases = materials.accelerator, materials.phases
@@ -146,7 +158,8 @@ class Run:
         self.total_tokens = self.phases[-1].end_step * self.batch_tokens
         self.rate_at = learning_rates(self.recovery, self.phases[-1].end_step)
         self.moments: Moments = {}
-        self.began, self.clock = time.perf_counter(), _Clock()
+        self.called, self.clock = called, _Clock()
+        self.began = time.perf_counter()
         found = place.resume(write=self.accelerator.is_main_process)
         self.progress = found[0] if found else self._first_progress()
         if found:
@@ -178,8 +191,10 @@ class Run:
         self.sampler.load_state_dict(self.progress.sampler)
         restore_random_states(checkpoint)
 
-    def phases_left(self) -> list[Phase]:
-        return [phase for phase in self.phases if self.progress.step < phase.end_step]
+    def next_phase(self) -> Phase | None:
+        """The first phase that is not closed."""
+        done = len(self.progress.phases)
+        return self.phases[done] if done < len(self.phases) else None
 
     # The parts of a phase.
 
@@ -195,7 +210,7 @@ class Run:
         result = prune(
             self.model,
             self.materials.tokenizer,
-            params=phase.parameters,
+            params=min(phase.parameters, find_anatomy(self.model).total_parameters),
             calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
             settings=_settings_of_phase(request.settings, len(self.phases)),
             listener=self.listener.pruning,
@@ -216,7 +231,10 @@ class Run:
         self.clock.lap("prune")
 
     def train(self, phase: Phase) -> None:
-        """Take the optimizer steps of the phase that are left, until the time is over."""
+        """Take the optimizer steps of the phase that are left, until the time is over.
+
+        No checkpoint after the last one: `close` writes it when the phase is whole.
+        """
         guard, throughput = SpikeGuard(self.recovery.max_loss_spike), Throughput()
         with training(
             self.accelerator, self.model, self.moments, self.recovery, len(self.sampler.weights),
@@ -226,11 +244,13 @@ class Run:
                 rate = self.rate_at(self.progress.step)
                 found = self._step(work, phase, guard, rate)
                 self._log(phase, found, rate, throughput.read(self.batch_tokens))
-                if self.progress.step % self.request.save_steps == 0:
+                out_of_time = self._is_out_of_time()
+                due = out_of_time or self.progress.step % self.request.save_steps == 0
+                if due and self.progress.step < phase.end_step:
                     self._save(*work.state())
                     throughput.read(0)
-                    if self._is_out_of_time():
-                        break
+                if out_of_time:
+                    break
         self.model, self.moments = work.model, work.moments
         self.clock.lap("train")
 
@@ -239,7 +259,9 @@ class Run:
         if self.progress.step < phase.end_step:
             return
         if self.recovery.lora_rank:
-            self.model, self.moments = merge_lora(self.model), {}
+            self.model = merge_lora(self.model)
+        if self.recovery.moments == "reset":
+            self.moments = {}
         anatomy, evaluation = find_anatomy(self.model), self._measure()
         self.clock.lap("evaluate")
         record = {
@@ -253,6 +275,11 @@ class Run:
         }
         self.progress.phases.append(record)
         self._save({name: p.detach() for name, p in self.model.named_parameters()}, self.moments)
+        self.accelerator.log(
+            {"parameters": anatomy.total_parameters, **(evaluation or {})}, step=self.progress.step
+        )
+        if self.accelerator.is_main_process:
+            draw_progress(self.place)
         self.listener.on_phase_end(record)
 
     # The parts of a step.
@@ -273,7 +300,7 @@ class Run:
                 f"{error} at step {progress.step + 1} (phase {phase.number}). Nothing was written "
                 f"since the last checkpoint in '{self.place.directory}'. Lower --learning-rate "
                 f"({self.recovery.learning_rate:g}) or clean the data, and begin anew with "
-                "--overwrite; for a spike that is harmless, raise --max-loss-spike."
+                "--overwrite; or go on with a higher --max-loss-spike, if it was a harmless one."
             ) from error
         progress.step += 1
         progress.tokens += self.batch_tokens
@@ -304,6 +331,8 @@ class Run:
             "grad_norm": found.grad_norm,
             "tokens_per_second": round(speed, 1),
         }
+        if self.dynamic:
+            record |= {f"weight/{name}": share for name, share in self.sampler.weights.items()}
         if self.accelerator.is_main_process:
             self.place.append_log(json.dumps(record))
         self.accelerator.log(record, step=self.progress.step)
@@ -323,24 +352,31 @@ class Run:
     # The end.
 
     def _is_out_of_time(self) -> bool:
-        hours = self.request.max_hours
-        return hours is not None and self.progress.seconds > hours * 3600
+        """Whether this call has had its hours; the first process decides for all."""
+        if self.request.max_hours is None:
+            return False
+        over = time.perf_counter() - self.called > self.request.max_hours * 3600
+        return bool(broadcast_object_list([over])[0])
 
-    def reason_to_stop(self, phase: Phase) -> str:
-        """Why the run ends here, before its end; or an empty string."""
-        request, again = self.request, "Run the same command again to go on."
-        if not self.phases_left():
-            return ""
+    def reason_to_stop(self) -> str:
+        """Why no phase is begun or gone on with, although one is left; or an empty string."""
+        request, done = self.request, len(self.progress.phases)
         if self._is_out_of_time():
-            return f"{request.max_hours:g} hours are over, in phase {phase.number}. {again}"
-        if request.stop_after is not None and phase.number >= request.stop_after:
-            return f"Stopped after phase {phase.number} of {len(self.phases)}. {again}"
-        if request.max_loss is not None:
+            return (
+                f"{request.max_hours:g} hours are over, at step {self.progress.step:,} of "
+                f"{self.phases[-1].end_step:,}. Run the same command again to go on."
+            )
+        if request.stop_after is not None and done >= request.stop_after:
+            return (
+                f"Stopped after phase {done} of {len(self.phases)}. The same command without "
+                "--stop-after goes on."
+            )
+        if request.max_loss is not None and done:
             record = self.progress.phases[-1]
             loss = math.log(record["evaluation"]["perplexity"])
             if loss > request.max_loss:
                 return (
-                    f"After phase {phase.number}, with {record['parameters']:,} parameters, the "
+                    f"After phase {done}, with {record['parameters']:,} parameters, the "
                     f"evaluation loss is {loss:.3f}, above {request.max_loss:g}. The model is in "
                     f"'{self.place.directory}/checkpoints'; without --max-loss the run goes on."
                 )

@@ -37,8 +37,12 @@ def write_result(
     draw_training(directory, whole / "pictures")
     _move_all(whole, directory)
     write_page(directory)  # again: the training log is here
-    if not request.keep_checkpoint:
-        place.discard_checkpoints()
+    place.discard_leftovers()
+
+
+def draw_progress(place: RunDirectory) -> None:
+    """Pictures of a run that is under way."""
+    draw_training(place.directory, place.directory / "pictures")
 
 
 def _move_all(source: Path, directory: Path) -> None:

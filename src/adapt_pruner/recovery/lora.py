@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from ..errors import InvalidSettings
 from .settings import RecoverySettings
 
 
+def require_peft() -> None:
+    """Raise InvalidSettings if peft is not installed."""
+    if find_spec("peft") is None:
+        raise InvalidSettings("lora_rank: LoRA needs peft; `pip install 'adapt-pruner[lora]'`.")
+
+
 def add_lora(model: Any, settings: RecoverySettings) -> Any:
     """Wrap `model`, in place, so that only low-rank updates of its linear layers are trained."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise InvalidSettings(
-            f"lora_rank: {settings.lora_rank} needs peft; `pip install 'adapt-pruner[lora]'`."
-        ) from None
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]

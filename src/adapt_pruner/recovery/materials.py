@@ -87,11 +87,18 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     """
     recovery, settings = request.recovery, request.settings
     listener.on_prepare("reading the model")
+    empty = empty_model(request.model, request.trust_remote_code)
+    target, phases = plan_phases(request, empty)
+    _check_processes(request, accelerator)
+    _check_lengths(request, empty)
+    mixture = read_mixture(request.data)
+    if mixture.policy == "dynamic" and recovery.alpha and recovery.teacher_top_k:
+        raise InvalidSettings(
+            "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
+            "windows come; leave it out, so that the teacher runs along."
+        )
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
     model = read_model(request, request.model, accelerator)
-    target, phases = plan_phases(request, model)
-    _check_processes(request, accelerator)
-    _check_lengths(request, model)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
@@ -106,7 +113,7 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     calibration = calibration_for(model, tokenizer, settings)
     with accelerator.main_process_first():
         data = prepare(
-            read_mixture(request.data),
+            mixture,
             tokenizer,
             sequence_length=recovery.sequence_length,
             tokens=phases[-1].end_step * tokens_per_step(recovery),
@@ -122,7 +129,7 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
         )
     listener.on_data(data.describe())
     return Materials(
-        accelerator, tokenizer, model, stored_dtype(model), target, phases, data, calibration,
+        accelerator, tokenizer, model, stored_dtype(empty), target, phases, data, calibration,
         texts, None, seed,
     )  # fmt: skip
 
@@ -159,11 +166,6 @@ def make_teacher(
     model = read_model(request, request.teacher or request.model, accelerator, prunable=False)
     if recovery.teacher_top_k is None:
         return OnlineTeacher(model)
-    if materials.data.mixture.policy == "dynamic":
-        raise InvalidSettings(
-            "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
-            "windows come; leave it out, so that the teacher runs along."
-        )
     listener.on_prepare("asking the teacher")
     steps = materials.phases[-1].end_step
     with accelerator.main_process_first():

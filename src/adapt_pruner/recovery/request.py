@@ -9,6 +9,7 @@ from typing import Any
 from ..api import Listener, PruningResult
 from ..errors import InvalidSettings
 from ..settings import PruneSettings
+from .lora import require_peft
 from .schedule import Phase
 from .settings import RecoverySettings
 
@@ -33,10 +34,10 @@ class AccelRequest:
     stop_after: int | None = None
     """Phases after which to stop; the same request without it goes on."""
     max_hours: float | None = None
+    """Of this call; the same request goes on."""
     max_loss: float | None = None
     """Stop when the loss on the evaluation text is above it at the end of a phase, in nats."""
     save_steps: int = 500
-    keep_checkpoint: bool = False
     report_to: tuple[str, ...] = ()
     data_cache: Path | None = None
 
@@ -80,8 +81,21 @@ class AccelListener:
 
 
 def check_together(request: AccelRequest) -> None:
-    """Raise InvalidSettings for what cannot be asked for together."""
+    """Raise InvalidSettings for what cannot be asked for, or not together."""
     recovery, settings = request.recovery, request.settings
+    for name in ("tokens", "save_steps"):
+        value = getattr(request, name)
+        if type(value) is not int or value < 1:
+            raise InvalidSettings(f"{name}: a whole number of at least 1; got {value!r}.")
+    if isinstance(request.report_to, str):
+        raise InvalidSettings(
+            f"report_to: a list of names, such as ['tensorboard']; got '{request.report_to}'."
+        )
+    if settings.dtype == "float16":
+        raise InvalidSettings(
+            "dtype: the range of float16 is too small for weights in training; take bfloat16, or "
+            "float32 with --mixed-precision bf16."
+        )
     if settings.device_map is not None:
         raise InvalidSettings(
             "device_map: training spreads over devices by `accelerate launch` (--sharding "
@@ -93,5 +107,12 @@ def check_together(request: AccelRequest) -> None:
         raise InvalidSettings(
             f"teacher: '{request.teacher}' would not be used with alpha 0; give --alpha 0.5, say."
         )
-    if recovery.lora_rank and recovery.sharding == "fsdp2":
+    if not recovery.lora_rank:
+        return
+    if recovery.sharding == "fsdp2":
         raise InvalidSettings("lora_rank: works with --sharding ddp; got fsdp2.")
+    if recovery.moments == "carry":
+        raise InvalidSettings(
+            "moments: those of LoRA weights end with them, merged before each cut; take reset."
+        )
+    require_peft()

@@ -16,6 +16,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup as get_cosi
 from ..errors import InvalidSettings
 from .settings import RecoverySettings
 
+PRUNE_PER_PHASE = 0.05
+"""The paper's optimum (section 4.4, figure 4)."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -42,7 +45,8 @@ def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
     """
     if settings.phases is not None:
         return settings.phases
-    return max(1, round(math.log(target / before) / math.log1p(-settings.prune_per_phase)))
+    share = settings.prune_per_phase or PRUNE_PER_PHASE
+    return max(1, round(math.log(target / before) / math.log1p(-share)))
 
 
 def make_phases(

@@ -13,7 +13,8 @@ from ..settings import explain
 
 class RecoverySettings(BaseModel):
     """How a model is trained between cuts. Defaults are those of the Adapt-LLM runs (appendix A)
-    where the paper states them, but for distillation, which measured better."""
+    where the paper states them, but for `alpha` and `final_share`: distillation and earlier cuts
+    measured better."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,9 +23,14 @@ class RecoverySettings(BaseModel):
         Field(ge=1, description="Rounds of pruning and training; default: from prune-per-phase."),
     ] = None
     prune_per_phase: Annotated[
-        float,
-        Field(gt=0, lt=1, description="Share of the present weights that each phase removes."),
-    ] = 0.05
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Share of the present weights that each phase removes, instead of phases; "
+            "default: 0.05.",
+        ),
+    ] = None
     growth: Annotated[
         Literal["linear", "constant", "cosine"],
         Field(description="How the tokens of a phase grow with its number (eq. 11: linear)."),
@@ -131,6 +137,11 @@ def make_recovery_settings(**values: Any) -> RecoverySettings:
         settings = RecoverySettings(**values)
     except ValidationError as error:
         raise InvalidSettings(explain(error, RecoverySettings)) from None
+    if settings.phases is not None and settings.prune_per_phase is not None:
+        raise InvalidSettings(
+            f"phases and prune_per_phase: say one of them; got {settings.phases} and "
+            f"{settings.prune_per_phase:g}."
+        )
     if settings.batch_tokens < settings.sequence_length:
         raise InvalidSettings(
             f"batch_tokens: one step takes at least one window of {settings.sequence_length} "

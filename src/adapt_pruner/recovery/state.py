@@ -5,31 +5,41 @@
     DIR/phases.json                  one entry per finished phase
     DIR/checkpoints/step-00000123/   weights, moments, random states and counters after 123 steps
 
-A checkpoint directory appears whole or not at all, and older ones go once it is there. The
-weights are an ordinary model directory, so an unfinished run can be looked at, too.
+A checkpoint directory appears whole or not at all, and older ones go once it is there. That of
+the end of a phase is an ordinary model directory, so an unfinished run can be looked at, too.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InvalidSettings, WritingError
-from ..files import atomic_directory, write_atomically, write_json
+from ..files import atomic_directory, check_output, read_yaml, write_atomically, write_json
 from ..loading import read_json
+from ..run import store_as
 from .moments import Moments, flatten, unflatten
 
 REQUEST_FILE, LOG_FILE, PHASES_FILE = "run.yaml", "training.jsonl", "phases.json"
 CHECKPOINTS = "checkpoints"
+OWN_FILES = (f".{REQUEST_FILE}.", ".lock")
+"""How files begin that a run killed at its very start leaves."""
+RESUMABLE_WITH = {
+    "device", "gradient_checkpointing", "max_loss_spike", "micro_batch_size",
+    "per_device_train_batch_size", "portable", "repeat", "sharding", "trust_remote_code",
+}  # fmt: skip
+"""Settings that a resume may change: they say how and where a run is done, not what comes of it."""
 
 
 @dataclass
@@ -75,25 +85,27 @@ class RunDirectory:
         """Look whether a run can begin or go on here.
 
         Raises:
-            WritingError: if the directory holds something else.
+            WritingError: if the directory holds something else, or cannot be written.
             InvalidSettings: if it holds a run that was asked for in other words: which.
         """
         place, file = self.directory, self.directory / REQUEST_FILE
-        if place.exists() and not place.is_dir():
-            raise WritingError(f"'{place}' is a file; name a directory.")
+        check_output(place, overwrite=True)
         if not file.is_file():
-            if place.exists() and any(
-                not f.name.startswith(f".{file.name}.") for f in place.iterdir()
-            ):
+            if place.exists() and any(not f.name.startswith(OWN_FILES) for f in place.iterdir()):
                 raise WritingError(
                     f"'{place}' exists, is not empty and holds no run of this command. Name "
                     "another directory."
                 )
         elif not overwrite:
-            before = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            before = read_yaml(file, "record", InvalidSettings)
+            if not isinstance(before, dict):
+                raise InvalidSettings(
+                    f"'{file}' is damaged: it does not say what was asked for. Pass --overwrite to "
+                    "begin anew."
+                )
             changed = [
                 f"{key}: {before.get(key)!r} became {request.get(key)!r}"
-                for key in sorted({*before, *request})
+                for key in sorted({*before, *request} - RESUMABLE_WITH)
                 if before.get(key) != request.get(key)
             ]
             if changed:
@@ -102,15 +114,33 @@ class RunDirectory:
                     "to go on with it, name another directory, or pass --overwrite."
                 )
 
-    def begin(self, request: dict[str, Any], overwrite: bool) -> None:
-        """Make the directory that of this run; an earlier one goes only with `overwrite`."""
-        place, file = self.directory, self.directory / REQUEST_FILE
+    def begin(self, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> None:
+        """Make the directory that of this run; an earlier one goes only with `overwrite`.
+
+        Until `stack` is closed, no other process can do so.
+
+        Raises:
+            WritingError: if another run is at work here, or the disk refuses.
+        """
+        place = self.directory
+        lock = FileLock(place / ".lock")
         try:
-            if overwrite and place.exists():
-                shutil.rmtree(place)
             place.mkdir(parents=True, exist_ok=True)
-            if not file.is_file():
-                write_atomically(file, yaml.safe_dump(request, sort_keys=False))
+            lock.acquire(blocking=False)
+            stack.callback(lock.release)
+            stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+            if overwrite:
+                for entry in place.iterdir():
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry)
+                    elif entry.name != ".lock":
+                        entry.unlink()
+            self._discard_partials()
+            write_atomically(place / REQUEST_FILE, yaml.safe_dump(request, sort_keys=False))
+        except Timeout:
+            raise WritingError(
+                f"Another run is at work in '{place}'. Wait for it, or name another directory."
+            ) from None
         except OSError as error:
             raise WritingError(f"'{place}' cannot be written to: {error.strerror}.") from error
 
@@ -164,9 +194,16 @@ class RunDirectory:
                 "kept; free some space and run the same command again."
             ) from error
 
-    def discard_checkpoints(self) -> None:
+    def discard_leftovers(self) -> None:
+        """Remove what only a resume needs."""
         for name in (CHECKPOINTS, "teacher"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
+        self._discard_partials()
+
+    def _discard_partials(self) -> None:
+        """Remove results that a killed process was writing."""
+        for partial in self.directory.glob("..result.*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def read_tensors(self, checkpoint: Path, model: Any) -> Moments:
         """Read the weights of `model`, which is mutated, and return the moments."""
@@ -181,7 +218,8 @@ def rebuild_model(checkpoint: Path, source: Any) -> Any:
     config = type(source.config).from_pretrained(checkpoint)
     config._name_or_path = source.config._name_or_path
     with torch.device(source.device):
-        model = type(source)(config).to(source.dtype)
+        model = type(source)(config)
+    store_as(model, source.dtype)
     model.generation_config = source.generation_config
     return model.eval()
 
