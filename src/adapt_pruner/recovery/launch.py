@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import InvalidSettings, near_match
 
 if TYPE_CHECKING:
     from .accel import AccelRequest
+
+PATIENCE = timedelta(hours=24)
+"""How long processes wait for each other. The first one tokenises all data of a run and writes all
+checkpoints while the others wait; torch's own limit of 10 minutes (30 with gloo) would end the run.
+When a process dies, `accelerate launch` and `torchrun` end the others at once all the same."""
 
 
 def make_accelerator(request: AccelRequest, directory: Path, stack: ExitStack) -> Accelerator:
@@ -50,6 +57,7 @@ def make_accelerator(request: AccelRequest, directory: Path, stack: ExitStack) -
         mixed_precision=precision,
         log_with=list(request.report_to) or None,  # pyright: ignore[reportArgumentType]
         project_dir=directory,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     stack.callback(AcceleratorState._reset_state)
     return accelerator

@@ -9,24 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..allocation import check_reachable, resolve_target
 from ..anatomy import find_anatomy
 from ..api import calibration_for, check_window_length
 from ..cache import default_cache
 from ..data import CalibrationData
+from ..data.fingerprints import short_hash
 from ..data.mixture import read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..loading import empty_model, load_model, load_tokenizer
+from ..evaluation import fingerprint
+from ..loading import empty_model, load_config, load_model, load_tokenizer
 from ..methods.adapt_pruner import limits_of
 from ..run import evaluation_texts, stored_dtype
 from .objective import IGNORED, loss_sums, targets_of
 from .request import AccelListener, AccelRequest
 from .schedule import Phase, make_phases, tokens_per_step
-from .teacher import OnlineTeacher, StoredTeacher, check_vocabularies, store_logits
-from .training import Teacher
+from .teacher import OnlineTeacher, Store, StoredTeacher, common_tokens, store_logits
+from .training import Teacher, micro_batch
 
 REFERENCE_WINDOWS = 64
 
@@ -49,19 +52,20 @@ class Materials:
     teacher: Teacher | None
     seed: int
     """Of the order of the data."""
+    num_tokens: int
+    """That model and teacher both know."""
 
     def sampler(self) -> WindowSampler:
         """One at the beginning of the data."""
         return WindowSampler(self.data, self.seed)
 
 
-def read_model(
-    request: AccelRequest, name: str, accelerator: Accelerator, prunable: bool = True
-) -> Any:
-    """Load a model in the precision of training, onto the device of this process."""
+def read_model(request: AccelRequest, accelerator: Accelerator) -> Any:
+    """Load the source model in the precision of training, onto the device of this process."""
     dtype = "float32" if request.settings.dtype == "auto" else request.settings.dtype
-    trust = request.trust_remote_code
-    model = load_model(name, dtype, "cpu", trust_remote_code=trust, prunable=prunable)
+    model = load_model(
+        request.model, dtype, "cpu", trust_remote_code=request.trust_remote_code
+    )
     return model.to(accelerator.device)
 
 
@@ -89,25 +93,16 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     listener.on_prepare("reading the model")
     empty = empty_model(request.model, request.trust_remote_code)
     target, phases = plan_phases(request, empty)
-    _check_processes(request, accelerator)
-    _check_lengths(request, empty)
+    check_training(request, empty, accelerator.num_processes)
     mixture = read_mixture(request.data)
-    if mixture.policy == "dynamic" and recovery.alpha and recovery.teacher_top_k:
-        raise InvalidSettings(
-            "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
-            "windows come; leave it out, so that the teacher runs along."
-        )
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
-    model = read_model(request, request.model, accelerator)
+    num_tokens = _shared_tokens(request, empty, tokenizer) if recovery.alpha else 0
+    model = read_model(request, accelerator)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     seed = settings.seed if recovery.train_seed is None else recovery.train_seed
-
-    if request.teacher:
-        teacher = empty_model(request.teacher, request.trust_remote_code, prunable=False)
-        check_vocabularies(model, teacher)
 
     listener.on_prepare("reading the data")
     calibration = calibration_for(model, tokenizer, settings)
@@ -130,28 +125,48 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
     listener.on_data(data.describe())
     return Materials(
         accelerator, tokenizer, model, stored_dtype(empty), target, phases, data, calibration,
-        texts, None, seed,
+        texts, None, seed, num_tokens,
     )  # fmt: skip
 
 
-def _check_lengths(request: AccelRequest, model: Any) -> None:
+def check_training(request: AccelRequest, model: Any, num_processes: int) -> None:
+    """Raise InvalidSettings for a request that so many processes cannot train. `model` may be on
+    `meta`."""
+    recovery = request.recovery
     check_window_length(model.config, request.settings)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and request.recovery.sequence_length > longest:
+    names = [("model", model.config)]
+    if request.teacher:
+        teacher = load_config(request.teacher, request.trust_remote_code)
+        names.append((f"teacher '{request.teacher}'", teacher))
+    for name, config in names:
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest and recovery.sequence_length > longest:
+            raise InvalidSettings(
+                f"sequence_length: the {name} reads at most {longest} tokens; got "
+                f"{recovery.sequence_length}."
+            )
+    windows = tokens_per_step(recovery) // recovery.sequence_length
+    if windows % num_processes:
         raise InvalidSettings(
-            f"sequence_length: the model reads at most {longest} tokens; got "
-            f"{request.recovery.sequence_length}."
+            f"batch_tokens: {windows} windows per step cannot be shared by {num_processes} "
+            f"processes; take a multiple of {num_processes * recovery.sequence_length:,} tokens."
         )
+    if recovery.alpha and recovery.teacher_top_k is not None:
+        if read_mixture(request.data).policy == "dynamic":
+            raise InvalidSettings(
+                "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
+                "windows come; leave it out, so that the teacher runs along."
+            )
 
 
-def _check_processes(request: AccelRequest, accelerator: Accelerator) -> None:
-    count, length = accelerator.num_processes, request.recovery.sequence_length
-    windows = tokens_per_step(request.recovery) // length
-    if windows % count:
-        raise InvalidSettings(
-            f"batch_tokens: {windows} windows per step cannot be shared by {count} processes; take "
-            f"a multiple of {count * length:,} tokens."
-        )
+def _shared_tokens(request: AccelRequest, model: Any, tokenizer: Any) -> int:
+    own = model.config.vocab_size
+    if not request.teacher:
+        return own
+    trust = request.trust_remote_code
+    teacher = empty_model(request.teacher, trust, prunable=False)
+    theirs = load_tokenizer(request.teacher, trust)
+    return common_tokens(tokenizer, own, theirs, teacher.config.vocab_size, request.teacher)
 
 
 def make_teacher(
@@ -160,21 +175,75 @@ def make_teacher(
     """Load the teacher; with `teacher_top_k`, ask it first and write the answers to `directory`.
 
     Raises:
-        InvalidSettings: if it has another vocabulary, or cannot be asked in advance.
+        WritingError: if they do not fit on the disk.
     """
-    recovery, accelerator = request.recovery, materials.accelerator
-    model = read_model(request, request.teacher or request.model, accelerator, prunable=False)
-    if recovery.teacher_top_k is None:
-        return OnlineTeacher(model)
-    listener.on_prepare("asking the teacher")
-    steps = materials.phases[-1].end_step
+    accelerator = materials.accelerator
+    if request.recovery.teacher_top_k is not None:
+        return _stored_teacher(request, materials, directory, listener)
+    listener.on_prepare("reading the teacher")
+    return OnlineTeacher(_read_teacher(request, accelerator), accelerator, materials.num_tokens)
+
+
+def _read_teacher(request: AccelRequest, accelerator: Accelerator) -> Any:
+    """On a GPU as it is stored: nothing is trained in it, and training has need of the memory."""
+    name, trust = request.teacher or request.model, request.trust_remote_code
+    dtype = "float32" if accelerator.device.type == "cpu" else "stored"
+    model = load_model(name, dtype, "cpu", trust_remote_code=trust, prunable=False)
+    return model.to(accelerator.device)
+
+
+def _stored_teacher(
+    request: AccelRequest, materials: Materials, directory: Path, listener: AccelListener
+) -> StoredTeacher:
+    accelerator, recovery = materials.accelerator, request.recovery
+    store = _store(request, materials, directory)
     with accelerator.main_process_first():
-        store_logits(
-            model, materials.sampler(),
-            steps * tokens_per_step(recovery) // recovery.sequence_length,
-            directory / "teacher", recovery.teacher_top_k, recovery.temperature,
+        if accelerator.is_main_process:
+            store.prepare()
+    teacher = StoredTeacher(store)
+    if not store.missing():
+        return teacher
+    listener.on_prepare("asking the teacher")
+    source, model = materials.model, materials.model
+    if request.teacher:  # one of the two fits on the device, perhaps not both
+        source.to("cpu")
+        model = _read_teacher(request, accelerator)
+    store_logits(
+        OnlineTeacher(model, accelerator, materials.num_tokens),
+        materials.sampler(),
+        store,
+        recovery.temperature,
+        micro_batch(source.config.vocab_size, recovery),
+        lambda share: listener.on_prepare(f"asking the teacher: {share:.0%}"),
+    )
+    del model
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    source.to(accelerator.device)
+    return teacher
+
+
+def _store(request: AccelRequest, materials: Materials, directory: Path) -> Store:
+    """Named after all that its logits depend on; the first process finds out for all."""
+    recovery, trust = request.recovery, request.trust_remote_code
+    assert recovery.teacher_top_k is not None
+    tokens = materials.phases[-1].end_step * tokens_per_step(recovery)
+    num_windows = tokens // recovery.sequence_length
+    name = [""]
+    if materials.accelerator.is_main_process:
+        teacher = request.teacher or request.model
+        tokenizer = load_tokenizer(teacher, trust)
+        name[0] = short_hash(
+            [
+                fingerprint.of_name(teacher, tokenizer, trust) or teacher,
+                materials.data.fingerprint, materials.seed, num_windows, materials.num_tokens,
+                recovery.teacher_top_k, recovery.temperature,
+            ]
         )  # fmt: skip
-    return StoredTeacher(directory / "teacher")
+    if materials.accelerator.num_processes > 1:
+        broadcast_object_list(name)
+    place = directory / "teacher" / name[0]
+    return Store(place, num_windows, recovery.sequence_length, recovery.teacher_top_k)
 
 
 @torch.no_grad()

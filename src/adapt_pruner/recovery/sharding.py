@@ -6,6 +6,7 @@ are whole only on the first process, in the memory of its CPU.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,19 +27,23 @@ def shard(model: Any, mixed_precision: str) -> nn.Module:
     return fully_shard(model, mp_policy=policy)
 
 
-def read_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Moments]:
-    """Whole weights on every process; whole moments on the first one."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        get_optimizer_state_dict,
-    )
+def read_weights(model: nn.Module, everywhere: bool) -> dict[str, Tensor]:
+    """Whole weights: on every process, on its device, or on the first alone, in the memory of its
+    CPU. All processes call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    names = [name for name, _ in model.named_parameters()]
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+    found: Any = get_model_state_dict(model, options=options)
+    return {name: found[name] for name, _ in model.named_parameters() if name in found}
+
+
+def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    """Whole moments, on the first process. All processes call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
     on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: Any = get_optimizer_state_dict(model, optimizer, options=on_cpu)
-    return {name: weights[name] for name in names}, dict(found.get("state", {}))
+    return dict(found.get("state", {}))
 
 
 def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments) -> None:
@@ -59,15 +64,19 @@ def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: M
     set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
-def rebuilt(
-    plain_class: type, config: Any, weights: dict[str, Tensor], device: torch.device
-) -> Any:
-    """A plain model again: sharding cannot be taken off one."""
-    with torch.device(device):
-        plain = plain_class(config)
-    for name, parameter in plain.named_parameters():
-        parameter.data = weights[name].to(device)
-    return plain.eval()
+def without_weights(model: nn.Module) -> Any:
+    """A copy with all but the weights, which are on `meta`. Taken before sharding, which cannot be
+    taken off a model."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo=dict(empty))
+
+
+def with_weights(plain: Any, weights: dict[str, Tensor]) -> Any:
+    """Fill what `without_weights` gave; the tensors become its own."""
+    for name, parameter in dict(plain.named_parameters()).items():
+        own = nn.Parameter(weights[name], parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, own)  # where weights are tied, all of them
+    return plain
 
 
 def whole(value: Any) -> Any:

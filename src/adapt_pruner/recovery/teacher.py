@@ -1,44 +1,124 @@
 """The dense model as teacher: run along with the student, or asked once before training.
 
 Stored logits lie in shards of consecutive windows of the run's data order; each shard is written
-whole, so an interrupted run goes on with the first one that is missing.
+whole, so an interrupted run goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.sampling import WindowSampler
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, WritingError
+from ..files import is_full_disk
 from .objective import Teaching, store_teaching
 
 SHARD_WINDOWS = 256
 
 
 class OnlineTeacher:
-    """Runs the teacher on the student's windows."""
+    """Runs the teacher on the student's windows.
 
-    def __init__(self, model: Any):
-        self.model = model.eval().requires_grad_(False)
+    Args:
+        num_tokens: of the vocabularies' tokens, those that both models have logits for.
+    """
+
+    def __init__(self, model: Any, accelerator: Accelerator, num_tokens: int):
+        self.model = model.eval()
+        self.accelerator, self.num_tokens = accelerator, num_tokens
 
     @torch.no_grad()
     def __call__(self, positions_B: Tensor, tokens_BT: Tensor) -> Teaching:
-        logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
-        return Teaching(logits_BTV.flatten(0, 1))
+        with self.accelerator.autocast():
+            logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
+        return Teaching(logits_BTV[..., : self.num_tokens].flatten(0, 1))
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where logits are stored, and how many."""
+
+    directory: Path
+    """Its name tells what they were made of; logits of anything else lie beside it."""
+    num_windows: int
+    sequence_length: int
+    top_k: int
+
+    def file(self, shard: int) -> Path:
+        return self.directory / f"logits-{shard:06}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The shards that are not there yet."""
+        shards = range(-(-self.num_windows // SHARD_WINDOWS))
+        return [shard for shard in shards if not self.file(shard).exists()]
+
+    def windows_of(self, shard: int) -> int:
+        return min(SHARD_WINDOWS, self.num_windows - shard * SHARD_WINDOWS)
+
+    def prepare(self) -> None:
+        """Remove what was made of something else, and see that the rest will fit.
+
+        Raises:
+            WritingError: if it will not, or the disk refuses.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for entry in self.directory.parent.iterdir():
+                if entry.is_dir() and entry != self.directory:
+                    shutil.rmtree(entry)
+            for partial in self.directory.glob("*.partial"):
+                partial.unlink()
+        except OSError as error:
+            raise WritingError(
+                f"'{self.directory}' cannot be written to: {error.strerror}."
+            ) from error
+        windows = sum(self.windows_of(shard) for shard in self.missing())
+        needed = stored_bytes(windows * self.sequence_length, self.top_k)
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise WritingError(
+                f"teacher_top_k: {self.top_k} logits per token take {needed / 1e9:.2f} GB, but "
+                f"only {free / 1e9:.2f} GB are free at '{self.directory}'. Free some space, or "
+                "lower --teacher-top-k."
+            )
+
+    def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        file = self.file(shard)
+        partial = file.with_suffix(".partial")
+        try:
+            save_file(tensors, partial)
+            os.replace(partial, file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            why = "the disk is full" if is_full_disk(error) else str(error)
+            raise WritingError(
+                f"'{file}' could not be written: {why}. What was stored before is kept; free some "
+                "space and run the same command again."
+            ) from error
+
+
+def stored_bytes(tokens: int, top_k: int) -> int:
+    """What stored logits take: per token 6 bytes for each of the K (float16 and an index), and 4
+    for the sum."""
+    return tokens * (6 * top_k + 4)
 
 
 class StoredTeacher:
     """Reads what `store_logits` wrote."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, store: Store):
+        self.store = store
         self.loaded: tuple[int, dict[str, Tensor]] = (-1, {})
 
     def __call__(self, positions_B: Tensor, tokens_BT: Tensor) -> Teaching:
@@ -54,62 +134,90 @@ class StoredTeacher:
     def _row(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         shard, place = divmod(position, SHARD_WINDOWS)
         if self.loaded[0] != shard:
-            self.loaded = shard, load_file(_shard_file(self.directory, shard))
+            self.loaded = shard, load_file(self.store.file(shard))
         tensors = self.loaded[1]
         return tensors["logits"][place], tensors["index"][place], tensors["log_total"][place]
 
 
-@torch.no_grad()
 def store_logits(
-    model: Any,
+    teacher: OnlineTeacher,
     sampler: WindowSampler,
-    num_windows: int,
-    directory: Path,
-    top_k: int,
+    store: Store,
     temperature: float,
-    batch_size: int = 8,
-    on_progress: Callable[[int], None] = lambda done: None,
+    batch_size: int,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> None:
-    """Ask the teacher about the first `num_windows` windows of the run's order, top-k per token.
-
-    Per token 6 bytes for each of the K logits (float16 and an index) and 4 more.
+    """Ask the teacher about windows of the run's order, for the K most probable tokens of each
+    position. Each process asks about every n-th shard that is missing.
 
     Args:
         sampler: one at the beginning of the data; it is moved.
+        batch_size: windows asked about at a time.
+
+    Raises:
+        WritingError: for whatever the disk refuses.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    device = model.get_input_embeddings().weight.device
-    for shard in range(-(-num_windows // SHARD_WINDOWS)):
-        count = min(SHARD_WINDOWS, num_windows - shard * SHARD_WINDOWS)
-        indices = sampler.next_indices(count)
-        file = _shard_file(directory, shard)
-        if not file.exists():
-            parts: dict[str, list[Tensor]] = {"logits": [], "index": [], "log_total": []}
-            for start in range(0, count, batch_size):
-                ids_BT = sampler.gather(indices[start : start + batch_size]).input_ids.to(device)
-                logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-                found = store_teaching(logits_BTV.flatten(0, 1), top_k, temperature)
-                assert found.index_NK is not None
-                assert found.log_total_N is not None
-                shape = ids_BT.shape
-                parts["logits"].append(found.logits_NK.half().unflatten(0, shape).cpu())
-                parts["index"].append(found.index_NK.unflatten(0, shape).cpu())
-                parts["log_total"].append(found.log_total_N.unflatten(0, shape).cpu())
-            partial = file.with_suffix(".partial")
-            save_file({name: torch.cat(pieces) for name, pieces in parts.items()}, partial)
-            os.replace(partial, file)
-        on_progress(shard * SHARD_WINDOWS + count)
+    accelerator = teacher.accelerator
+    missing = store.missing()
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    asked, in_all = 0, sum(store.windows_of(shard) for shard in mine)
+    accelerator.wait_for_everyone()  # all have seen what is missing before the first one writes
+    for shard in range(max(mine, default=-1) + 1):
+        indices = sampler.next_indices(store.windows_of(shard))
+        if shard not in mine:
+            continue
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(indices), batch_size):
+            ids_BT = sampler.gather(indices[start : start + batch_size]).input_ids
+            parts.append(_answers(teacher, ids_BT.to(accelerator.device), store.top_k, temperature))
+            asked += len(ids_BT)
+            on_progress(asked / in_all)
+        store.write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    accelerator.wait_for_everyone()
 
 
-def _shard_file(directory: Path, shard: int) -> Path:
-    return directory / f"logits-{shard:06}.safetensors"
+def _answers(
+    teacher: OnlineTeacher, ids_BT: Tensor, top_k: int, temperature: float
+) -> dict[str, Tensor]:
+    """Of each token: (B, T, K) logits and their indices, (B, T) sums over the vocabulary."""
+    found = teacher(ids_BT, ids_BT)
+    kept = store_teaching(found.logits_NK, top_k, temperature)
+    assert kept.index_NK is not None
+    assert kept.log_total_N is not None
+    tensors = {
+        "logits": kept.logits_NK.half(),
+        "index": kept.index_NK,
+        "log_total": kept.log_total_N,
+    }
+    return {name: tensor.unflatten(0, ids_BT.shape).cpu() for name, tensor in tensors.items()}
 
 
-def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Raise InvalidSettings unless both models speak of the same tokens."""
-    own, other = student.config.vocab_size, teacher.config.vocab_size
-    if own != other:
+def common_tokens(
+    own: Any, own_size: int, teachers: Any, teachers_size: int, teacher_name: str
+) -> int:
+    """Leading logits that two models share; sizes may differ by padding.
+
+    Args:
+        own, teachers: the tokenizers of model and teacher.
+        own_size, teachers_size: logits that either model has.
+
+    Raises:
+        InvalidSettings: unless each token of the model is one of the teacher's, of the same number.
+    """
+    theirs, mine = teachers.get_vocab(), own.get_vocab()
+    differing = [token for token, number in mine.items() if theirs.get(token) != number]
+    if differing:
+        token = min(differing, key=lambda token: mine[token])
+        there = f"is number {theirs[token]}" if token in theirs else "does not exist"
         raise InvalidSettings(
-            f"The teacher has a vocabulary of {other:,} tokens, the model one of {own:,}; their "
-            "predictions cannot be compared. Take a teacher of the same family."
+            f"teacher: '{teacher_name}' has another vocabulary than the model: {len(differing):,} "
+            f"of {len(mine):,} tokens differ; {token!r}, number {mine[token]} here, {there} there. "
+            "Their predictions cannot be compared; take a teacher of the same family."
         )
+    needed = min(max(mine.values()) + 1, own_size)
+    if teachers_size < needed:
+        raise InvalidSettings(
+            f"teacher: '{teacher_name}' has {teachers_size:,} logits, and its tokenizer {needed:,} "
+            "tokens: they do not belong together. Take a teacher of the same family."
+        )
+    return min(own_size, teachers_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,17 +72,18 @@ class PhaseTraining:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
+        model: Any,
         moments: Moments,
         settings: RecoverySettings,
         num_domains: int,
     ):
         self.accelerator, self.settings, self.model = accelerator, settings, model
-        self.num_domains, self.plain_class = num_domains, type(model)
+        self.num_domains = num_domains
         self.sharded = settings.sharding == "fsdp2" and accelerator.num_processes > 1
-        self.micro_batch = settings.per_device_train_batch_size or _micro_batch(model, settings)
+        self.micro_batch = micro_batch(model.config.vocab_size, settings)
         model.train()
         if self.sharded:
+            self.plain = sharding.without_weights(model)
             self.wrapped = sharding.shard(model, accelerator.mixed_precision)
         optimizer = torch.optim.AdamW(
             _decay_groups(model, settings.weight_decay),
@@ -180,34 +181,25 @@ class PhaseTraining:
         summed: Any = self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum")
         return summed
 
-    @contextmanager
-    def _unsynchronised(self) -> Iterator[None]:
-        """Gradients add up on each process and are not exchanged yet."""
-        if not self.sharded:
-            with self.accelerator.no_sync(self.wrapped):
-                yield
-            return
-        wrapped: Any = self.wrapped
-        wrapped.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            wrapped.set_requires_gradient_sync(True)
+    def _unsynchronised(self) -> AbstractContextManager[Any]:
+        """Under DDP, gradients add up on each process until the last micro-batch. Under FSDP2 they
+        are exchanged every time: until then, each process would hold those of the whole model."""
+        return nullcontext() if self.sharded else self.accelerator.no_sync(self.wrapped)
 
     def state(self) -> tuple[dict[str, Tensor], Moments]:
-        """Weights and moments, whole, by the names that the plain model has. All processes call
-        it."""
+        """Weights and moments, whole, by the names that the plain model has; with FSDP2 on the
+        first process alone. All processes call it."""
         if self.sharded:
-            return sharding.read_state(self.wrapped, self.optimizer)
+            weights = sharding.read_weights(self.wrapped, everywhere=False)
+            return weights, sharding.read_moments(self.wrapped, self.optimizer)
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         return weights, read_moments(self.model, _plain(self.optimizer))
 
     def close(self) -> None:
         if self.sharded:
-            weights, self.moments = self.state()
-            self.model = sharding.rebuilt(
-                self.plain_class, self.model.config, weights, self.accelerator.device
-            )
+            self.moments = sharding.read_moments(self.wrapped, self.optimizer)
+            weights = sharding.read_weights(self.wrapped, everywhere=True)
+            self.model = sharding.with_weights(self.plain, weights)
         else:
             self.moments = read_moments(self.model, _plain(self.optimizer))
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
@@ -219,11 +211,12 @@ def _decoder_layers(model: Any) -> list[nn.Module]:
     return list(plain.get_submodule(architecture_of(plain.config).layers).children())
 
 
-def _micro_batch(model: Any, settings: RecoverySettings) -> int:
-    """Windows whose float32 logits take about 1 GB, at most 16,384 tokens: what a forward pass
-    begins with where none is set; it halves when memory runs out."""
-    tokens = min(2**28 // model.config.vocab_size, 16_384)
-    return max(1, tokens // settings.sequence_length)
+def micro_batch(vocab_size: int, settings: RecoverySettings) -> int:
+    """Windows per forward pass: those set, or whose float32 logits take about 1 GB, at most 16,384
+    tokens. Where none is set, they halve when memory runs out on the only process there is: of
+    several, the others would wait for gradients that never come."""
+    tokens = min(2**28 // vocab_size, 16_384)
+    return settings.per_device_train_batch_size or max(1, tokens // settings.sequence_length)
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
