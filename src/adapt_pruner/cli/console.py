@@ -306,7 +306,8 @@ def show_accel_plan(plan: AccelPlan) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
-    for name in ("phase", "parameters", "tokens", "steps", "learning rate", "FLOPs"):
+    columns = ("phase", "parameters", "tokens", "steps", "learning rate", "FLOPs", "GB/GPU")
+    for name in columns:
         table.add_column(name, justify="right")
     for planned in plan.phases:
         first, last = planned.learning_rates
@@ -315,8 +316,9 @@ def show_accel_plan(plan: AccelPlan) -> None:
             f"{planned.phase.parameters:,}",
             f"{planned.tokens:,}",
             f"{planned.phase.steps:,}",
-            f"{first:.2e} → {last:.2e}",
+            f"{first:.1e} → {last:.1e}",
             f"{planned.flops:.2e}",
+            f"{planned.memory_bytes / 1e9:.2f}",
         )
     out.print(table)
     for title, parts in (
@@ -328,6 +330,8 @@ def show_accel_plan(plan: AccelPlan) -> None:
             f"memory per device {title} (estimate, GB): {sum(parts.values()) / 1e9:.2f} = {listed}",
             soft_wrap=True,
         )
+    if plan.disk_bytes:
+        out.print(f"disk for the teacher's stored logits: {plan.disk_bytes / 1e9:.2f} GB")
     out.print(
         f"{plan.flops:.3g} FLOPs of training: about {plan.gpu_hours:,.2f} GPU-hours, "
         f"{plan.gpu_hours / plan.gpus:,.2f} h on {plan.gpus}",

@@ -9,7 +9,10 @@ import click
 from .. import __version__
 from ..errors import AdaptPrunerError, Interrupted, near_match
 
-OUT_OF_MEMORY = "Out of memory. Try --micro-batch-size 1, --gradient-checkpointing or bfloat16."
+OUT_OF_MEMORY = (
+    "Out of memory. Try --gradient-checkpointing, --dtype bfloat16, --micro-batch-size 1 for "
+    "calibration, or --per-device-train-batch-size 1 for training."
+)
 
 
 class Program(click.Group):

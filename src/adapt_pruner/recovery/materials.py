@@ -63,9 +63,7 @@ class Materials:
 def read_model(request: AccelRequest, accelerator: Accelerator) -> Any:
     """Load the source model in the precision of training, onto the device of this process."""
     dtype = "float32" if request.settings.dtype == "auto" else request.settings.dtype
-    model = load_model(
-        request.model, dtype, "cpu", trust_remote_code=request.trust_remote_code
-    )
+    model = load_model(request.model, dtype, "cpu", trust_remote_code=request.trust_remote_code)
     return model.to(accelerator.device)
 
 
@@ -151,12 +149,12 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
             f"batch_tokens: {windows} windows per step cannot be shared by {num_processes} "
             f"processes; take a multiple of {num_processes * recovery.sequence_length:,} tokens."
         )
-    if recovery.alpha and recovery.teacher_top_k is not None:
-        if read_mixture(request.data).policy == "dynamic":
-            raise InvalidSettings(
-                "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
-                "windows come; leave it out, so that the teacher runs along."
-            )
+    in_advance = recovery.alpha and recovery.teacher_top_k is not None
+    if in_advance and read_mixture(request.data).policy == "dynamic":
+        raise InvalidSettings(
+            "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
+            "windows come; leave it out, so that the teacher runs along."
+        )
 
 
 def _shared_tokens(request: AccelRequest, model: Any, tokenizer: Any) -> int:

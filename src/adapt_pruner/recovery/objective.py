@@ -61,9 +61,7 @@ def loss_sums(
         found: Any = _Distillation.apply(logits_NV, targets_N, teaching, alpha, temperature)
         total, ce_N = found
     else:
-        ce_N = F.cross_entropy(
-            logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="none"
-        )
+        ce_N = F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="none")
         total = ce_N.sum()
     return total, ce_N.detach().view(targets_BT.shape).sum(dim=1)
 
@@ -117,9 +115,7 @@ def forward_kl(logits_NV: Tensor, teaching: Teaching, temperature: float) -> Ten
     student_NV = F.log_softmax(logits_NV / temperature, dim=-1)
     scaled_NK = teaching.logits_NK.float() / temperature
     if teaching.index_NK is None or teaching.log_total_N is None:
-        return _divergence(
-            F.log_softmax(scaled_NK, dim=-1), student_NV[:, : scaled_NK.shape[1]]
-        )
+        return _divergence(F.log_softmax(scaled_NK, dim=-1), student_NV[:, : scaled_NK.shape[1]])
     teacher_NK = scaled_NK - teaching.log_total_N.float()[:, None]
     student_NK = student_NV.gather(1, teaching.index_NK.long())
     return _divergence(_with_rest(teacher_NK), _with_rest(student_NK))

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
-from ..anatomy import Anatomy, count_parameters, find_anatomy
+from ..anatomy import count_parameters, find_anatomy
 from ..api import Size
 from ..loading import empty_model
 from ..plan import make_plan
-from .materials import plan_phases
+from ..run import stored_dtype
+from .materials import check_training, plan_phases
 from .request import AccelRequest, check_together
 from .schedule import Phase, learning_rates, tokens_per_step
+from .teacher import stored_bytes
+from .training import micro_batch
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class PhasePlan:
     learning_rates: tuple[float, float]
     """Of its first and last step."""
     flops: float
+    memory_bytes: int
+    """Per GPU while it trains, in all."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class AccelPlan:
     memory_bytes: dict[str, int]
     """Per GPU while training, per part, in the first and largest phase."""
     pruning_bytes: dict[str, int]
-    """Per GPU at a cut, when each process has the whole model."""
+    """Per GPU at a cut, when each process has the whole model; of each part the most."""
+    disk_bytes: int
+    """What the teacher's stored logits take; 0 if none are stored."""
     gpu_hours: float
 
     @property
@@ -62,22 +69,32 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     model = empty_model(request.model, request.trust_remote_code)
     anatomy = find_anatomy(model)
     target, phases = plan_phases(request, model)
+    check_training(request, model, gpus)
     recovery, per_step = request.recovery, tokens_per_step(request.recovery)
     rate_at = learning_rates(recovery, phases[-1].end_step)
-    teacher = _teacher_parameters(request, anatomy)
+    teacher = _empty_teacher(request, model)
+    taught = count_parameters(teacher) if teacher else 0
+    memory = [_training_memory(request, model, p.parameters, gpus, teacher) for p in phases]
     plans = tuple(
         PhasePlan(
             phase,
             phase.steps * per_step,
             (rate_at(phase.first_step), rate_at(phase.end_step - 1)),
-            phase.steps * per_step * _flops_per_token(request, anatomy, phase, teacher),
+            phase.steps * per_step * _flops_per_token(request, phase, taught),
+            sum(parts.values()),
         )
-        for phase in phases
+        for phase, parts in zip(phases, memory, strict=True)
     )
     hours = sum(plan.flops for plan in plans) / (gpu_tflops * 1e12) / 3600
     pruning = make_plan(
         model, request.settings, params=phases[0].parameters, dtype=_dtype(request)
     ).memory_bytes
+    stays = ["teacher"] if _is_sharded(request, gpus) or len(plans) == 1 else ["moments", "teacher"]
+    pruning.update({part: memory[0][part] for part in stays if part in memory[0]})
+    disk = 0
+    if teacher and recovery.teacher_top_k is not None:
+        top_k = min(recovery.teacher_top_k, teacher.config.vocab_size)
+        disk = stored_bytes(phases[-1].end_step * per_step, top_k)
     return AccelPlan(
         before=Size.of(anatomy),
         target=target,
@@ -85,37 +102,40 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
         tokens=phases[-1].end_step * per_step,
         tokens_per_step=per_step,
         gpus=gpus,
-        memory_bytes=_training_memory(request, model, phases[0].parameters, gpus, teacher),
+        memory_bytes=memory[0],
         pruning_bytes=pruning,
+        disk_bytes=disk,
         gpu_hours=hours,
     )
 
 
-def _teacher_parameters(request: AccelRequest, anatomy: Anatomy) -> int:
-    if not request.recovery.alpha:
-        return 0
-    if not request.teacher:
-        return anatomy.total_parameters
-    teacher = empty_model(request.teacher, request.trust_remote_code, prunable=False)
-    return count_parameters(teacher)
+def _empty_teacher(request: AccelRequest, model: Any) -> Any:
+    if not request.recovery.alpha or not request.teacher:
+        return model if request.recovery.alpha else None
+    return empty_model(request.teacher, request.trust_remote_code, prunable=False)
 
 
-def _flops_per_token(request: AccelRequest, anatomy: Anatomy, phase: Phase, teacher: int) -> float:
+def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float:
     """6 per weight: 2 forward, 4 backward; 8 if layers are recomputed; 2 more per teacher's."""
     factor = 8 if request.settings.gradient_checkpointing else 6
     return factor * phase.parameters + 2 * teacher
 
 
 def _training_memory(
-    request: AccelRequest, model: Any, parameters: int, gpus: int, teacher: int
+    request: AccelRequest, model: Any, parameters: int, gpus: int, teacher: Any
 ) -> dict[str, int]:
     """Weights, gradients and two moments in float32, or what `dtype` says; FSDP2 divides them.
 
+    FSDP2 gathers weights to compute with, and their gradients before these are summed: of two
+    layers, as the next one comes while one computes, and of embeddings and output layer all along.
+    DDP has buckets as large as the gradients, and autocast casts all weights.
     Activations per layer and token: about 16 values of the hidden size and 3 of the MLP's, of 2
-    bytes; with gradient checkpointing one value of the hidden size, and one layer's whole.
+    bytes; with gradient checkpointing one value of the hidden size, and one layer's whole. Logits
+    are held in float32 with their softmax and gradient; with a teacher, whose loss comes in chunks,
+    with their gradient alone.
     """
     recovery, config = request.recovery, model.config
-    share = gpus if recovery.sharding == "fsdp2" else 1
+    share = gpus if _is_sharded(request, gpus) else 1
     trained = parameters
     if recovery.lora_rank:
         trained = _lora_parameters(model, recovery.lora_rank)
@@ -125,21 +145,35 @@ def _training_memory(
         "gradients": size * trained // share,
         "moments": 2 * size * trained // share,
     }
-    if teacher and recovery.teacher_top_k is None:
-        memory["teacher"] = size * teacher
-    windows = recovery.per_device_train_batch_size or max(
-        1, min(2**28 // config.vocab_size, 16_384) // recovery.sequence_length
-    )
+    compute = size if recovery.mixed_precision == "no" else 2
+    if _is_sharded(request, gpus):
+        before = Size.of(find_anatomy(model))
+        outside = before.total - before.decoder_layers
+        gathered = outside + 2 * (parameters - outside) // config.num_hidden_layers
+        memory["gathered layers"] = 2 * compute * gathered
+    else:
+        if compute < size:
+            memory["bfloat16 weights"] = compute * parameters
+        if gpus > 1:
+            memory["buckets"] = size * trained
+    windows = micro_batch(config.vocab_size, recovery)
     tokens = min(windows * recovery.sequence_length, tokens_per_step(recovery) // gpus)
     width = max(getattr(config, "intermediate_size", 0) or 0, config.hidden_size)
     layer = 2 * (16 * config.hidden_size + 3 * width)
-    layers = config.num_hidden_layers
-    kept = layer * layers
+    kept = layer * config.num_hidden_layers
     if request.settings.gradient_checkpointing:
-        kept = 2 * config.hidden_size * layers + layer
+        kept = 2 * config.hidden_size * config.num_hidden_layers + layer
     memory["activations"] = tokens * kept
-    memory["logits"] = tokens * config.vocab_size * 4 * 3
+    memory["logits"] = tokens * config.vocab_size * 4 * (2 if teacher else 3)
+    if teacher and recovery.teacher_top_k is None:
+        stored = (stored_dtype(teacher) or torch.float32).itemsize
+        memory["teacher"] = stored * count_parameters(teacher)
+        memory["teacher's logits"] = stored * tokens * teacher.config.vocab_size
     return memory
+
+
+def _is_sharded(request: AccelRequest, gpus: int) -> bool:
+    return request.recovery.sharding == "fsdp2" and gpus > 1
 
 
 def _dtype(request: AccelRequest) -> torch.dtype:
@@ -148,5 +182,7 @@ def _dtype(request: AccelRequest) -> torch.dtype:
 
 
 def _lora_parameters(model: Any, rank: int) -> int:
-    linears = [m for m in model.modules() if type(m).__name__ == "Linear"]
+    """Of all linear layers but the one that gives logits, as peft counts them."""
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if type(m).__name__ == "Linear" and m is not head]
     return sum(rank * sum(linear.weight.shape) for linear in linears)
