@@ -594,14 +594,6 @@ def test_teacher_may_be_of_a_kind_that_cannot_be_pruned(request_, tokenizer, tmp
     finish(request, tmp_path / "run")
 
 
-def test_teacher_of_another_vocabulary(request_, tokenizer, tmp_path):
-    build("llama", torch.float32, vocab_size=140).save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    request = with_training(replace(request_, teacher=str(tmp_path / "teacher")), alpha=0.5)
-    with pytest.raises(InvalidSettings, match="vocabulary of 140"):
-        run_accel(request, tmp_path / "run")
-
-
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
     "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -631,7 +623,7 @@ def test_plan_of_8b_on_eight_gpus_needs_a_configuration_alone(tmp_path):
     assert plan.flops == pytest.approx(8 * 7e9 * tokens, rel=0.1)  # layers computed twice
     assert plan.gpu_hours == pytest.approx(plan.flops / 400e12 / 3600)
     taught = replace(request, recovery=make_recovery_settings(sharding="fsdp2"))
-    assert plan_accel(taught, gpus=8).memory_bytes["teacher"] == 4 * 8_030_261_248
+    assert plan_accel(taught, gpus=8).memory_bytes["teacher"] == 2 * 8_030_261_248  # as stored
     halved = replace(request, settings=settings.model_copy(update={"dtype": "bfloat16"}))
     assert plan_accel(halved, gpus=8).memory_bytes["weights"] == 2 * first // 8
 

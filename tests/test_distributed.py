@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from picomodels import VOCAB_SIZE
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -44,9 +48,9 @@ def launch(processes: int, arguments: list[object], cache: Path) -> None:
         assert process.returncode == 0, err[-3000:]
 
 
-def accel(llama: Path, text_file: Path, output: Path, *more: object) -> list[object]:
+def accel(model: Path, text_file: Path, output: Path, *more: object) -> list[object]:
     return [
-        "accel", llama, "-o", output, "--data", text_file, "--calibration", text_file,
+        "accel", model, "-o", output, "--data", text_file, "--calibration", text_file,
         "--sparsity", 0.4, "--tokens", 12 * 64, "--phases", 3, "--sequence-length", 16,
         "--batch-tokens", 64, "--repeat", "--learning-rate", 3e-3, "--moments", "carry",
         "--windows", 8, "--window-length", 12, "--steps", 3, "--device", "cpu", "--quiet", *more,
@@ -60,29 +64,45 @@ def compare(one: Path, two: Path) -> None:
     assert record["processes"] == 2
     pruning = [json.loads((run / "pruning.json").read_text())["layers"] for run in (one, two)]
     assert pruning[0] == pruning[1]
+    generation = [(run / "generation_config.json").read_text() for run in (one, two)]
+    assert generation[0] == generation[1]
+    assert '"top_k": 7' in generation[0]
     left, right = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     for name, tensor in left.items():
         torch.testing.assert_close(tensor, right[name], atol=1e-3, rtol=1e-2)
 
 
 @pytest.fixture(scope="module")
-def alone(llama, text_file, tmp_path_factory) -> Path:
+def model(llama, tmp_path_factory) -> Path:
+    """The tiny Llama, with a wish on how it generates."""
+    place = tmp_path_factory.mktemp("model") / "llama"
+    shutil.copytree(llama, place)
+    GenerationConfig(top_k=7, do_sample=True).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def alone(model, text_file, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("alone")
-    launch(1, accel(llama, text_file, place / "run"), place / "cache")
+    launch(1, accel(model, text_file, place / "run"), place / "cache")
     return place / "run"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-def test_two_processes_prune_and_train_as_one(sharding, llama, text_file, alone, tmp_path):
-    launch(2, accel(llama, text_file, tmp_path / "run", "--sharding", sharding), tmp_path / "cache")
+def test_two_processes_prune_and_train_as_one(sharding, model, text_file, alone, tmp_path):
+    arguments = accel(model, text_file, tmp_path / "run", "--sharding", sharding)
+    launch(2, [*arguments, "--per-device-train-batch-size", 1], tmp_path / "cache")
     compare(alone, tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_a_run(llama, text_file, alone, tmp_path):
-    arguments = accel(llama, text_file, tmp_path / "run", "--sharding", "fsdp2")
+def test_two_processes_ask_the_teacher_and_go_on_with_a_run(model, text_file, alone, tmp_path):
+    """All logits stored teach as a teacher that runs along, but for their rounding."""
+    more = ("--sharding", "fsdp2", "--teacher-top-k", VOCAB_SIZE)
+    arguments = accel(model, text_file, tmp_path / "run", *more)
     launch(2, [*arguments, "--stop-after", 2], tmp_path / "cache")
     assert not (tmp_path / "run" / "run.json").exists()
+    assert len(list((tmp_path / "run" / "teacher").rglob("logits-*.safetensors"))) == 1
     launch(2, arguments, tmp_path / "cache")
     compare(alone, tmp_path / "run")

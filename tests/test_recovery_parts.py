@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from adapt_pruner import find_anatomy, prune
 from adapt_pruner.architectures import ARCHITECTURES
 from adapt_pruner.errors import InvalidSettings, NonFiniteError
+from adapt_pruner.recovery import objective
 from adapt_pruner.recovery.moments import (
     flatten,
     moment_cutter,
@@ -21,9 +22,16 @@ from adapt_pruner.recovery.moments import (
     unflatten,
     write_moments,
 )
-from adapt_pruner.recovery.objective import Teaching, forward_kl, loss_sums, store_teaching
+from adapt_pruner.recovery.objective import (
+    Teaching,
+    forward_kl,
+    loss_sums,
+    store_teaching,
+    targets_of,
+)
 from adapt_pruner.recovery.schedule import count_phases, learning_rates, make_phases
 from adapt_pruner.recovery.settings import make_recovery_settings
+from adapt_pruner.recovery.sharding import with_weights, without_weights
 from adapt_pruner.recovery.training import SpikeGuard
 from picomodels import build, random_tokens
 
@@ -221,6 +229,31 @@ def test_objective_mixes_both_at_labelled_positions_alone():
     assert len(windows) == 2
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_objective_in_chunks_has_the_gradient_of_the_whole(top_k, monkeypatch):
+    logits, labels = (value.repeat(4, 1, *[1] * (value.dim() - 2)) for value in batch(seed=7))
+    logits = (logits + torch.randn(logits.shape)).float().requires_grad_()
+    teacher = torch.randn(48, 11)
+    teaching = store_teaching(teacher, top_k, 2.0) if top_k else Teaching(teacher)
+    targets = targets_of(labels).flatten()
+    ce = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+    kl = forward_kl(logits.flatten(0, 1), teaching, 2.0)[targets != -100].sum()
+    expected = 0.3 * ce + 0.7 * 4 * kl
+    (gradient,) = torch.autograd.grad(expected * 0.01, logits)
+    monkeypatch.setattr(objective, "_CHUNK", 5 * 11)  # 48 positions, five at a time
+    total, windows = loss_sums(logits, labels, teaching, 0.7, 2.0)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(windows.sum(), ce)
+    torch.testing.assert_close(torch.autograd.grad(total * 0.01, logits)[0], gradient)
+
+
+def test_tokens_that_a_teacher_does_not_know_have_no_probability():
+    student, teacher = batch(seed=1)[0].flatten(0, 1), batch(seed=2)[0].flatten(0, 1)[:, :8]
+    padded = torch.cat([teacher, teacher.new_full((len(teacher), 3), -1e4)], dim=1)
+    found = forward_kl(student, Teaching(teacher), 2.0)
+    torch.testing.assert_close(found, forward_kl(student, Teaching(padded), 2.0))
+
+
 def test_gradient_of_stored_divergence_against_finite_differences():
     student = batch(seed=5)[0].flatten(0, 1)[:2].clone().requires_grad_()
     teaching = store_teaching(batch(seed=6)[0].flatten(0, 1)[:2], 4, 2.0)
@@ -228,6 +261,22 @@ def test_gradient_of_stored_divergence_against_finite_differences():
     assert torch.autograd.gradcheck(
         lambda x: forward_kl(x, teaching, 2.0), (student,), atol=1e-5, eps=1e-5
     )
+
+
+# Sharding.
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_model_made_again_from_its_weights_is_the_same(tied):
+    model = build("llama", torch.bfloat16, tie_word_embeddings=tied)
+    model.generation_config.top_k = 7
+    empty = without_weights(model)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    again = with_weights(empty, {n: p.detach().clone() for n, p in model.named_parameters()})
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert again.generation_config.top_k == 7
+    tokens = random_tokens()
+    assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
 def test_spike_guard():

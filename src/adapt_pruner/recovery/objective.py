@@ -31,10 +31,14 @@ class Teaching:
     index_NK: Tensor | None = None
     log_total_N: Tensor | None = None
 
-    def __getitem__(self, some: slice) -> Teaching:
-        """At some of the positions."""
-        parts = (self.logits_NK, self.index_NK, self.log_total_N)
-        return Teaching(*(None if part is None else part[some] for part in parts))  # pyright: ignore[reportArgumentType]
+    def at(self, some: slice) -> Teaching:
+        """Some of the positions."""
+        index_NK, log_total_N = self.index_NK, self.log_total_N
+        return Teaching(
+            self.logits_NK[some],
+            None if index_NK is None else index_NK[some],
+            None if log_total_N is None else log_total_N[some],
+        )
 
 
 def targets_of(labels_BT: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ class _Distillation(torch.autograd.Function):
                 part_NV = logits_NV[some].detach().float().requires_grad_()
                 targets = targets_N[some]
                 ce = F.cross_entropy(part_NV, targets, ignore_index=IGNORED, reduction="none")
-                kl = forward_kl(part_NV, teaching[some], temperature) * (targets != IGNORED)
+                kl = forward_kl(part_NV, teaching.at(some), temperature) * (targets != IGNORED)
                 loss = (1 - alpha) * ce.sum() + alpha * temperature**2 * kl.sum()
                 (gradient_NV[some],) = torch.autograd.grad(loss, part_NV)
             total += loss.detach()
