@@ -331,7 +331,7 @@ def show_accel_plan(plan: AccelPlan) -> None:
             soft_wrap=True,
         )
     if plan.disk_bytes:
-        out.print(f"disk for the teacher's stored logits: {plan.disk_bytes / 1e9:.2f} GB")
+        out.print(f"disk for the teacher's stored logits: {plan.disk_bytes / 1e9:.3g} GB")
     out.print(
         f"{plan.flops:.3g} FLOPs of training: about {plan.gpu_hours:,.2f} GPU-hours, "
         f"{plan.gpu_hours / plan.gpus:,.2f} h on {plan.gpus}",

@@ -88,8 +88,8 @@ class Store:
         free = shutil.disk_usage(self.directory).free
         if needed > free:
             raise WritingError(
-                f"teacher_top_k: {self.top_k} logits per token take {needed / 1e9:.2f} GB, but "
-                f"only {free / 1e9:.2f} GB are free at '{self.directory}'. Free some space, or "
+                f"teacher_top_k: {self.top_k} logits per token take {needed / 1e9:.3g} GB, but "
+                f"only {free / 1e9:.3g} GB are free at '{self.directory}'. Free some space, or "
                 "lower --teacher-top-k."
             )
 
