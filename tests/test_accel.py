@@ -34,7 +34,7 @@ from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.settings import make_settings
-from picomodels import VOCAB_SIZE
+from picomodels import VOCAB_SIZE, build
 
 TRAINING = {
     "phases": 3, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 3e-3, "repeat": True,

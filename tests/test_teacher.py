@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
@@ -146,6 +147,19 @@ def test_source_model_teaches_without_being_read_again(request_, tmp_path, monke
     assert all(parameter.requires_grad for parameter in found.model.parameters())
 
 
+def test_teacher_computes_in_the_precision_of_training(request_, tmp_path):
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        found = gather(request_, accelerator, AccelListener())
+        running: Any = make_teacher(
+            with_training(request_, teacher_top_k=None), found, tmp_path, AccelListener()
+        )
+        tokens = torch.zeros(1, 16, dtype=torch.long)
+        assert running(torch.tensor([0]), tokens).logits_NK.dtype == dtype
+    AcceleratorState._reset_state()
+
+
 def test_disk_too_small_is_said_before_the_teacher_is_asked(request_, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(WritingError, match=r"teacher_top_k: 8 logits .* take \S+ GB"):
@@ -243,6 +257,9 @@ def test_plan_counts_a_teacher_that_runs_along_also_at_a_cut(request_):
     assert online.memory_bytes["teacher"] == 4 * online.before.total  # stored in float32
     assert "teacher" not in stored.memory_bytes
     assert "teacher" not in stored.pruning_bytes
+    assert "moments" not in online.pruning_bytes
+    carried = plan_accel(with_training(request_, moments="carry"))
+    assert carried.pruning_bytes["moments"] == carried.memory_bytes["moments"]
     assert online.disk_bytes == 0 < stored.disk_bytes
     sizes = [planned.memory_bytes for planned in online.phases]
     assert sizes == sorted(sizes, reverse=True)
