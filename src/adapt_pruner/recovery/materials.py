@@ -53,7 +53,7 @@ class Materials:
     seed: int
     """Of the order of the data."""
     num_tokens: int
-    """That model and teacher both know."""
+    """That model and teacher both know; 0 without a teacher."""
 
     def sampler(self) -> WindowSampler:
         """One at the beginning of the data."""
@@ -238,8 +238,7 @@ def _store(request: AccelRequest, materials: Materials, directory: Path) -> Stor
                 recovery.teacher_top_k, recovery.temperature,
             ]
         )  # fmt: skip
-    if materials.accelerator.num_processes > 1:
-        broadcast_object_list(name)
+    broadcast_object_list(name)
     place = directory / "teacher" / name[0]
     return Store(place, num_windows, recovery.sequence_length, recovery.teacher_top_k)
 
