@@ -29,7 +29,7 @@ from adapt_pruner.run import evaluation_texts
 from adapt_pruner.settings import make_settings
 
 BASE = {"phases": 10, "sequence_length": 256, "batch_tokens": 2048}
-COUNTS = (1, 2, 3, 5, 10, 20)
+COUNTS = (1, 2, 3, 5, 10, 20, 40, 80)
 VARIANTS = {
     **{f"{n} phases": {"phases": n} for n in COUNTS},
     **{f"{n} phases by eq. 11": {"phases": n, "final_share": 0.0} for n in (2, 5, 10)},

@@ -29,6 +29,7 @@ from .request import AccelListener, AccelOutcome, AccelRequest, check_together
 from .schedule import Phase, learning_rates, tokens_per_step
 from .settings import RecoverySettings, make_recovery_settings
 from .state import Progress, RunDirectory, rebuild_model, restore_random_states
+from .teacher import set_aside
 from .training import PhaseTraining, SpikeGuard, StepResult, Throughput, training
 
 
@@ -207,18 +208,16 @@ class Run:
         request, progress, calibration = self.request, self.progress, self.materials.calibration
         torch.manual_seed(self.materials.seed * 1_000_003 + phase.number)
         cut_moments = moment_cutter(self.model, find_anatomy(self.model))
-        result = prune(
-            self.model,
-            self.materials.tokenizer,
-            params=min(phase.parameters, find_anatomy(self.model).total_parameters),
-            calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
-            settings=_settings_of_phase(request.settings, len(self.phases)),
-            listener=self.listener.pruning,
-        )
-        if self.recovery.moments == "carry":
-            cut_moments(self.moments, result.kept)
-        else:
-            self.moments = {}
+        with set_aside(self.materials.teacher):
+            result = prune(
+                self.model,
+                self.materials.tokenizer,
+                params=min(phase.parameters, find_anatomy(self.model).total_parameters),
+                calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
+                settings=_settings_of_phase(request.settings, len(self.phases)),
+                listener=self.listener.pruning,
+            )
+        cut_moments(self.moments, result.kept)
         for key, kept in result.kept.items():
             before = progress.kept[_name(key)]
             progress.kept[_name(key)] = [before[i] for i in kept.tolist()]
@@ -260,8 +259,6 @@ class Run:
             return
         if self.recovery.lora_rank:
             self.model = merge_lora(self.model)
-        if self.recovery.moments == "reset":
-            self.moments = {}
         anatomy, evaluation = find_anatomy(self.model), self._measure()
         self.clock.lap("evaluate")
         record = {

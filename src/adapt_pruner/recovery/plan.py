@@ -89,9 +89,8 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     pruning = make_plan(
         model, request.settings, params=phases[0].parameters, dtype=_dtype(request)
     ).memory_bytes
-    carried = recovery.moments == "carry" and len(plans) > 1 and not _is_sharded(request, gpus)
-    stays = ["teacher", "moments"] if carried else ["teacher"]
-    pruning.update({part: memory[0][part] for part in stays if part in memory[0]})
+    if recovery.moments == "carry" and len(plans) > 1 and not _is_sharded(request, gpus):
+        pruning["moments"] = memory[0]["moments"]
     disk = 0
     if teacher and recovery.teacher_top_k is not None:
         top_k = min(recovery.teacher_top_k, teacher.config.vocab_size)

@@ -55,7 +55,11 @@ class RecoverySettings(BaseModel):
     ] = 131_072
     per_device_train_batch_size: Annotated[
         int | None,
-        Field(ge=1, description="Windows per forward pass; default: found automatically."),
+        Field(
+            ge=1,
+            description="Windows per forward pass; default: as many as 1 GB of logits allow, "
+            "halved when memory runs out if there is one process.",
+        ),
     ] = None
     learning_rate: Annotated[float, Field(gt=0, description="Highest learning rate.")] = 2e-5
     min_learning_rate: Annotated[float, Field(ge=0, description="Learning rate at the end.")] = 0.0

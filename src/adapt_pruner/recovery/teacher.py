@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ class OnlineTeacher:
         with self.accelerator.autocast():
             logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
         return Teaching(logits_BTV[..., : self.num_tokens].flatten(0, 1))
+
+
+@contextmanager
+def set_aside(teacher: Any) -> Iterator[None]:
+    """Keep a teacher that runs along out of a GPU's memory, which a cut has need of."""
+    on_gpu = isinstance(teacher, OnlineTeacher) and teacher.accelerator.device.type == "cuda"
+    if on_gpu:
+        teacher.model.to("cpu")
+        torch.cuda.empty_cache()
+    yield
+    if on_gpu:
+        teacher.model.to(teacher.accelerator.device)
 
 
 @dataclass(frozen=True)

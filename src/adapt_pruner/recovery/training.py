@@ -196,12 +196,17 @@ class PhaseTraining:
         return weights, read_moments(self.model, _plain(self.optimizer))
 
     def close(self) -> None:
-        if self.sharded:
+        """Take the wrapping off. Moments are kept where the next phase wants them."""
+        if self.settings.moments == "reset":
+            self.moments = {}
+        elif self.sharded:
             self.moments = sharding.read_moments(self.wrapped, self.optimizer)
+        else:
+            self.moments = read_moments(self.model, _plain(self.optimizer))
+        if self.sharded:
             weights = sharding.read_weights(self.wrapped, everywhere=True)
             self.model = sharding.with_weights(self.plain, weights)
         else:
-            self.moments = read_moments(self.model, _plain(self.optimizer))
             self.model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.model.eval()
 
