@@ -142,7 +142,7 @@ def draw(cells: dict, arguments) -> None:
             line = lines.setdefault((preset, bool(rule)), {})
             line.setdefault(int(count), []).append(cell["perplexity"])
     presets = sorted({preset for preset, _ in lines})
-    figure, axes = make_figure(4.2 * len(presets), 3.4, len(presets))
+    figure, axes = make_figure(6.5, 2.7 * len(presets), len(presets))
     for axis, preset in zip(axes, presets, strict=True):
         for paper, color, label in (
             (False, AFTER, "default: 75 % of the tokens in the last phase"),
