@@ -98,7 +98,10 @@ class RecoverySettings(BaseModel):
     ] = False
     exclude: Annotated[
         str | None,
-        Field(description="Text, such as that of an evaluation, whose documents are left out."),
+        Field(
+            description="Text, such as that of an evaluation, whose documents are left out; "
+            "default: none.",
+        ),
     ] = None
     reweight_every: Annotated[
         int,
