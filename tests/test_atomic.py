@@ -39,13 +39,14 @@ def existing(tmp_path) -> Path:
     directory = tmp_path / "existing"
     (directory / "deep").mkdir(parents=True)
     (directory / "deep" / "thesis.txt").write_text("years of work")
+    (directory / "config.json").write_text("{}")
     return directory
 
 
 def is_untouched(existing: Path) -> bool:
     """Whether all is as the fixture left it, with nothing beside it."""
     files = [file.relative_to(existing.parent) for file in sorted(existing.parent.rglob("*"))]
-    names = ["existing", "existing/deep", "existing/deep/thesis.txt"]
+    names = ["existing", "existing/config.json", "existing/deep", "existing/deep/thesis.txt"]
     return [str(file) for file in files] == names and (
         existing / "deep" / "thesis.txt"
     ).read_text() == "years of work"
@@ -281,6 +282,11 @@ class TestCheckBeforeWork:
         message = self.refused(cli, "./nowhere", existing)  # looked at before anything else
         assert f"'{existing}' exists and is not empty" in message
         assert "--overwrite" in message
+        assert is_untouched(existing)
+
+    def test_only_models_are_replaced(self, cli, llama, existing):
+        message = self.refused(cli, llama, existing.parent, "--overwrite")
+        assert "holds something else than a model" in message
         assert is_untouched(existing)
 
     def test_demo_replaces_nothing_but_results(self, cli, existing):

@@ -9,7 +9,8 @@ import yaml
 
 from . import portable as portable_file
 from .api import PRUNING_FILE, PruningResult
-from .files import atomic_directory, write_json
+from .errors import WritingError
+from .files import atomic_directory, check_output, write_json
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -31,7 +32,7 @@ def save_result(
     Args:
         portable: add a modelling file and `auto_map` for readers who do not import this package
             (not needed, and not written, where all layers are equal).
-        overwrite: replace a directory that exists.
+        overwrite: replace a model directory that exists.
         recipe: what to store as the recipe; default: the settings and target.
         name: what the model card calls the model; default: the directory's name.
 
@@ -41,6 +42,7 @@ def save_result(
     from .report import write_account
 
     directory = Path(directory).expanduser()
+    check_place(directory, overwrite)
     model = result.model
     with atomic_directory(directory, overwrite) as partial:
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
@@ -60,3 +62,15 @@ def save_result(
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
         write_account(partial, name or directory.name, result)
     return directory
+
+
+def check_place(directory: Path, overwrite: bool, needed_bytes: int = 0) -> None:
+    """Raise WritingError now if a model could not be written to `directory` later. What is replaced
+    must be a model: not a home directory, whatever `overwrite` says."""
+    check_output(directory, overwrite, needed_bytes)
+    place = directory.expanduser()
+    if place.is_dir() and any(place.iterdir()) and not (place / "config.json").is_file():
+        raise WritingError(
+            f"'{directory}' holds something else than a model (there is no config.json in it), and "
+            "is not replaced. Name another directory."
+        )

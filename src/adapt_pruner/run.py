@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from .api import Listener, PruningResult, prune
-from .checkpoint import save_result
+from .checkpoint import check_place, save_result
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
-from .files import check_output
 from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
 from .settings import PruneSettings
@@ -64,13 +63,13 @@ def plan_run(request: Request) -> Plan:
 def run_pruning(request: Request, output: Path, listener: Listener | None = None) -> PruningResult:
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
     settings = request.settings
-    check_output(output, request.overwrite)
+    check_place(output, request.overwrite)
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target
     stored = stored_dtype(empty)
     written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
-    check_output(output, request.overwrite, target * written.itemsize)
+    check_place(output, request.overwrite, target * written.itemsize)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)

@@ -110,16 +110,16 @@ def run_accel(
                 run.cut(phase)
                 run.train(phase)
                 run.close(phase)
+            result = run.result()
+            if accelerator.is_main_process:
+                write_result(result, request, place, materials.stored_dtype)
+            accelerator.wait_for_everyone()
+            return AccelOutcome(result)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"Interrupted at step {run.progress.step}. Run the same command again to go on "
                 f"from the last checkpoint in '{output}'."
             ) from None
-        result = run.result()
-        if accelerator.is_main_process:
-            write_result(result, request, place, materials.stored_dtype)
-        accelerator.wait_for_everyone()
-        return AccelOutcome(result)
 
 
 @dataclass
