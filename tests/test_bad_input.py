@@ -498,6 +498,7 @@ class TestCalibration:
     def test_existing_result_survives(self, refuse, workplace):
         (workplace / "out").mkdir()
         (workplace / "out" / "thesis.txt").write_text("years of work")
+        (workplace / "out" / "config.json").write_text("{}")
         refuse("--overwrite", calibration="no.txt", says="'no.txt'")
 
 
