@@ -147,9 +147,9 @@ class Run:
         place: RunDirectory,
         materials: Materials,
         listener: AccelListener,
-        called: float,
+        called: float | None = None,
     ):
-        """`called`: reading of the clock when the run was asked for."""
+        """`called`: reading of the clock when the run was asked for; default: now."""
         self.request, self.place, self.materials = request, place, materials
         self.listener, self.recovery = listener, request.recovery
         self.accelerator, self.phases = materials.accelerator, materials.phases
@@ -159,8 +159,8 @@ class Run:
         self.total_tokens = self.phases[-1].end_step * self.batch_tokens
         self.rate_at = learning_rates(self.recovery, self.phases[-1].end_step)
         self.moments: Moments = {}
-        self.called, self.clock = called, _Clock()
-        self.began = time.perf_counter()
+        self.began, self.clock = time.perf_counter(), _Clock()
+        self.called = self.began if called is None else called
         found = place.resume(write=self.accelerator.is_main_process)
         self.progress = found[0] if found else self._first_progress()
         if found:
