@@ -100,10 +100,9 @@ def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, AdaptPrunerError) or not isinstance(error, (OSError, SafetensorError)):
             raise
-        why = "the disk is full" if is_full_disk(error) else str(error)
         raise WritingError(
-            f"'{directory}' could not be written: {why}. What was there is unchanged; free some "
-            "space or name another directory, and run again."
+            f"'{directory}' could not be written: {refusal(error)}. What was there is unchanged; "
+            "free some space or name another directory, and run again."
         ) from error
 
 
@@ -126,11 +125,12 @@ def _take_place(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for lack of space; safetensors says so only in its message."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
-        "No space left on device" in str(error)
-    )
+def refusal(error: BaseException) -> str:
+    """What the disk said when it refused to write; safetensors tells of a full one in words."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):
+        return "the disk is full"
+    return str(error)
 
 
 def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:

@@ -206,7 +206,7 @@ _RUN_OPTIONS = (
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it."),
     click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and after."),
     click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map)."),
-    click.option("--overwrite", is_flag=True, help="Replace what the directory holds."),
+    click.option("--overwrite", is_flag=True, help="Replace the model or run that is there."),
     click.option("--dry-run", is_flag=True, help="Plan only, without weights."),
     click.option(
         "--trust-remote-code", is_flag=True, default=None, help="Run code that comes with MODEL."

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError, WritingError
-from ..files import atomic_directory, check_output, is_full_disk, write_json
+from ..files import atomic_directory, check_output, refusal, write_json
 from . import pydocs
 from .fingerprints import of_source, of_texts, of_tokenizer, short_hash
 from .formats import ChatTemplate, Document, Layout, TemplateRefusal, detect
@@ -299,8 +299,9 @@ def _lock(file: Path) -> Iterator[bool]:
         lock.acquire()
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None) not in (None, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-            why = "the disk is full" if is_full_disk(error) else str(error)
-            raise WritingError(f"'{file.parent}' could not be written: {why}.") from error
+            raise WritingError(
+                f"'{file.parent}' could not be written: {refusal(error)}."
+            ) from error
         yield False  # then two may do the same work, and either result is whole
         return
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings, WritingError
-from ..files import is_full_disk
+from ..files import refusal
 from .objective import Teaching, store_teaching
 
 SHARD_WINDOWS = 256
@@ -114,10 +114,9 @@ class Store:
             os.replace(partial, file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            why = "the disk is full" if is_full_disk(error) else str(error)
             raise WritingError(
-                f"'{file}' could not be written: {why}. What was stored before is kept; free some "
-                "space and run the same command again."
+                f"'{file}' could not be written: {refusal(error)}. What was stored before is kept; "
+                "free some space and run the same command again."
             ) from error
 
 
