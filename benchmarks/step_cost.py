@@ -32,12 +32,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.data import CalibrationData
 from adapt_pruner.methods import METHODS
+from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.report.account import versions
+from adapt_pruner.score.collect import prunable_matrices
 from adapt_pruner.settings import make_settings
-from adapt_pruner.statistics import prunable_matrices
 
 SHAPES = {  # hidden size, MLP width, layers, query heads, KV heads
     "10M": (256, 704, 8, 8, 4),

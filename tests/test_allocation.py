@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_pruner.allocation import (
+from adapt_pruner.allocate.chains import (
     AdaptiveSchedule,
     Limits,
     build_chains,
@@ -24,8 +24,8 @@ from adapt_pruner.allocation import (
     sizes_after_steps,
     tighten,
 )
-from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.errors import InvalidTarget
+from adapt_pruner.model.anatomy import find_anatomy
 from picomodels import NUM_LAYERS, build
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapt_pruner import PruningResult, checkpoint, find_anatomy, load_model, prune, replay
-from adapt_pruner.architectures import ARCHITECTURES
 from adapt_pruner.errors import LoadingError
+from adapt_pruner.model.architectures import ARCHITECTURES
 from adapt_pruner.report import pictures
 from picomodels import INTERMEDIATE_SIZE, NUM_HEADS, PICO, VOCAB_SIZE, build, logits_of
 from picomodels import random_tokens as tokens

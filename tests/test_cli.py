@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapt_pruner import __version__, find_anatomy, perplexity
 from adapt_pruner.data.calibration import read_documents
-from adapt_pruner.loading import load_model, load_tokenizer
+from adapt_pruner.model.loading import load_model, load_tokenizer
 from adapt_pruner.settings import PRESETS, PruneSettings
 from conftest import STORIES260K
 from picomodels import INTERMEDIATE_SIZE, build, logits_of, random_tokens

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from adapt_pruner.anatomy import MLP, Group, Part, find_anatomy
-from adapt_pruner.compensation import refit_output
-from adapt_pruner.gram import invert_gram
-from adapt_pruner.slicing import cut
-from adapt_pruner.statistics import Pass, Wants, collect
+from adapt_pruner.compensate.refit import refit_output
+from adapt_pruner.model.anatomy import MLP, Group, Part, find_anatomy
+from adapt_pruner.model.edits import cut
+from adapt_pruner.score.collect import Pass, Wants, collect
+from adapt_pruner.score.gram import invert_gram
 from picomodels import build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=12, length=14)

@@ -27,7 +27,7 @@ from adapt_pruner.errors import (
 from adapt_pruner.evaluation import EvaluationListener, measure
 from adapt_pruner.evaluation.store import VARIABLE, ResultStore
 from adapt_pruner.evaluation.suites import SUITES
-from adapt_pruner.loading import resolve_name
+from adapt_pruner.model.loading import resolve_name
 from adapt_pruner.settings import EvaluationSettings
 from conftest import character_tokenizer
 from picomodels import build

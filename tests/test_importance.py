@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adapt_pruner.anatomy import find_anatomy
-from adapt_pruner.importance import IMPORTANCES
-from adapt_pruner.slicing import cut
-from adapt_pruner.statistics import Pass, Wants, collect
+from adapt_pruner.model.anatomy import find_anatomy
+from adapt_pruner.model.edits import cut
+from adapt_pruner.score.collect import Pass, Wants, collect
+from adapt_pruner.score.importance import IMPORTANCES
 from picomodels import INTERMEDIATE_SIZE, NUM_KV_HEADS, NUM_LAYERS, build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=9, length=14)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapt_pruner import find_anatomy, prune
-from adapt_pruner.allocation import resolve_target
+from adapt_pruner.allocate.chains import resolve_target
 from adapt_pruner.errors import UnsupportedModel
 from adapt_pruner.inspection import inspect_model
 from picomodels import PICO, build

@@ -7,14 +7,14 @@ import weakref
 import pytest
 import torch
 
-from adapt_pruner.allocation import resolve_target
-from adapt_pruner.anatomy import find_anatomy
+from adapt_pruner.allocate.chains import resolve_target
 from adapt_pruner.data import CalibrationData
 from adapt_pruner.errors import InvalidSettings, InvalidTarget
-from adapt_pruner.importance import IMPORTANCES, Importance
 from adapt_pruner.methods.adapt_pruner import adapt_pruner, limits_of
+from adapt_pruner.model.anatomy import find_anatomy
+from adapt_pruner.score.collect import Wants
+from adapt_pruner.score.importance import IMPORTANCES, Importance
 from adapt_pruner.settings import PRESETS, make_settings
-from adapt_pruner.statistics import Wants
 from picomodels import NUM_LAYERS, PICO, VOCAB_SIZE, build, logits_of, random_tokens
 
 NEURON = 3 * 64 + 2  # parameters of one neuron of the tiny llama

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapt_pruner import find_anatomy, prune
-from adapt_pruner.architectures import ARCHITECTURES
 from adapt_pruner.errors import InvalidSettings, NonFiniteError
+from adapt_pruner.model.architectures import ARCHITECTURES
 from adapt_pruner.recovery import objective
 from adapt_pruner.recovery.moments import (
     flatten,

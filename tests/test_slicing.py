@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from adapt_pruner.anatomy import find_anatomy
-from adapt_pruner.slicing import cut
+from adapt_pruner.model.anatomy import find_anatomy
+from adapt_pruner.model.edits import cut
 from picomodels import (
     INTERMEDIATE_SIZE,
     NUM_HEADS,

@@ -13,9 +13,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from adapt_pruner.anatomy import find_anatomy
 from adapt_pruner.errors import NonFiniteError
-from adapt_pruner.statistics import Distance, Pass, Statistics, Wants, collect, prunable_matrices
+from adapt_pruner.model.anatomy import find_anatomy
+from adapt_pruner.score.collect import Distance, Pass, Statistics, Wants, collect, prunable_matrices
 from picomodels import INTERMEDIATE_SIZE, NUM_LAYERS, PICO, build, random_tokens
 
 EVERYTHING = Wants.WEIGHT_GRADIENTS | Wants.FISHER | Wants.UNIT_GRADIENTS | Wants.GRAM

@@ -6,7 +6,7 @@ Nothing else happens at import; the names below are imported when they are first
 
 from importlib import import_module
 
-from . import per_layer as _per_layer
+from .model import layers as _per_layer
 
 __version__ = "0.1.0"
 
@@ -19,13 +19,13 @@ _EXPORTS = {
     "Evaluation": "evaluation",
     "EvaluationSettings": "settings",
     "PruneSettings": "settings",
-    "PruningResult": "api",
+    "PruningResult": "result",
     "ResultStore": "evaluation",
     "evaluate": "evaluation",
-    "find_anatomy": "anatomy",
+    "find_anatomy": "model.anatomy",
     "load_calibration": "data",
-    "load_model": "loading",
-    "load_tokenizer": "loading",
+    "load_model": "model.loading",
+    "load_tokenizer": "model.loading",
     "make_settings": "settings",
     "perplexity": "evaluation",
     "prune": "api",

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from . import portable as portable_file
-from .api import PRUNING_FILE, PruningResult
 from .errors import WritingError
 from .files import atomic_directory, check_output, write_json
+from .model import portable as portable_file
+from .result import PRUNING_FILE, PruningResult
 
 MAX_SHARD_SIZE = "5GB"
 

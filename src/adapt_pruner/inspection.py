@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .allocation import Limits, resolve_target, smallest_size
-from .anatomy import ATTENTION, MLP, Anatomy, find_anatomy
+from .allocate.chains import Limits, resolve_target, smallest_size
+from .model.anatomy import ATTENTION, MLP, Anatomy, find_anatomy
 
 SPARSITIES = tuple(tenth / 10 for tenth in range(1, 9))
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from .allocation import check_reachable, resolve_target, sizes_after_steps
-from .anatomy import Anatomy, find_anatomy
-from .api import Size
-from .importance import IMPORTANCES
+from .allocate.chains import check_reachable, resolve_target, sizes_after_steps
 from .methods.adapt_pruner import limits_of
+from .model.anatomy import Anatomy, find_anatomy
+from .result import Size
+from .score.collect import Wants
+from .score.importance import IMPORTANCES
 from .settings import PruneSettings
-from .statistics import Wants
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from .api import Listener, PruningResult, prune
+from .api import Listener, prune
 from .checkpoint import check_place, save_result
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
-from .loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
+from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
+from .result import PruningResult
 from .settings import PruneSettings
 
 EVALUATION_WINDOW, EVALUATION_WINDOWS = 256, 400

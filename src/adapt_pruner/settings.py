@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InvalidSettings, near_match
-from .importance import IMPORTANCES
-from .statistics import Distance
+from .score.collect import Distance
+from .score.importance import IMPORTANCES
 
 ImportanceName = Literal[tuple(IMPORTANCES)]  # pyright: ignore[reportInvalidTypeForm]
 Preset = Literal["best", "paper"]

@@ -39,7 +39,13 @@ def command(
     from ..evaluation.bench import compare_costs
     from ..evaluation.fingerprint import versions
     from ..files import check_file, write_json_atomically
-    from ..loading import check_causal, describe_device, load_config, load_model, resolve_device
+    from ..model.loading import (
+        check_causal,
+        describe_device,
+        load_config,
+        load_model,
+        resolve_device,
+    )
     from . import console
 
     console.hush_libraries()

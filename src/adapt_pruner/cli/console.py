@@ -24,20 +24,20 @@ from rich.text import Text
 from ..api import Listener
 from ..comparison import ComparisonListener
 from ..evaluation import EvaluationListener
-from ..formats import in_bytes as in_bytes
-from ..formats import short as short
+from ..figures import in_bytes as in_bytes
+from ..figures import short as short
 from ..recovery.request import AccelListener
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..api import PruningResult
     from ..comparison.grid import Cell, CellResult, Comparison
     from ..comparison.table import Tables
     from ..methods import PruningStep
     from ..plan import Plan
     from ..recovery.plan import AccelPlan
     from ..recovery.schedule import Phase
+    from ..result import PruningResult
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -21,9 +21,9 @@ def command(output: Path, sparsity: float, seed: int) -> None:
     """Prune the small model that ships with the package. Needs no hub and no GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..api import PRUNING_FILE
     from ..evaluation import compare_speed
-    from ..loading import EMBEDDED_MODEL, load_model
+    from ..model.loading import EMBEDDED_MODEL, load_model
+    from ..result import PRUNING_FILE
     from ..run import Request, default_calibration, run_pruning
     from ..settings import make_settings
     from . import console

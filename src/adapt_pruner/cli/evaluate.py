@@ -64,7 +64,7 @@ def command(
         raise click.UsageError("Name what to measure: --suite, --tasks or --text.")
     from ..evaluation import ResultStore, evaluate
     from ..files import check_file, write_json_atomically
-    from ..loading import check_causal, load_config
+    from ..model.loading import check_causal, load_config
     from . import console
 
     console.hush_libraries()

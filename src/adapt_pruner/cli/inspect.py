@@ -26,7 +26,7 @@ def command(model: str, file: Path | None, trust_remote_code: bool) -> None:
     """
     from ..files import check_file, write_json_atomically
     from ..inspection import inspect_model
-    from ..loading import empty_model
+    from ..model.loading import empty_model
     from . import console
 
     console.hush_libraries()

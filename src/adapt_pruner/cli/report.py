@@ -48,7 +48,7 @@ def command(
     adapt-pruner report smaller smallest -o both.html
     """
     from ..files import write_atomically
-    from ..loading import resolve_device
+    from ..model.loading import resolve_device
     from ..report.account import REPORT_FILE
     from ..report.page import MARK, render
     from ..report.record import read_run

@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ..api import PruningResult, check_window_length, prune
+from ..api import check_window_length, prune
 from ..checkpoint import save_result
 from ..data import CalibrationData
 from ..data.calibration import load_documents
 from ..errors import InvalidSettings, LoadingError, NonFiniteError
 from ..evaluation import Evaluation, ResultStore, Score, evaluate, fingerprint
 from ..evaluation.measure import Subject
-from ..loading import empty_model, load_model, load_tokenizer, resolve_device
+from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
+from ..result import PruningResult
 from ..run import store_as, stored_dtype
 from ..settings import EvaluationSettings, PruneSettings
 from .variants import Variant

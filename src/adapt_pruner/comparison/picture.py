@@ -134,7 +134,7 @@ def _label(axis: Any, metric: Metric, label: str) -> None:
 
 
 def _short(value: float, _: int) -> str:
-    from ..formats import short
+    from ..figures import short
 
     return short(value)
 

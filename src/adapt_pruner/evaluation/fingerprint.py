@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from .. import __version__
 from ..errors import UnsupportedModel
-from ..loading import commit_of, load_config, reading, resolve_name
+from ..model.loading import commit_of, load_config, reading, resolve_name
 from .store import digest
 
 # What changes when a model is saved or moved, and not what it computes.

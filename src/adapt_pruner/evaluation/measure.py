@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.calibration import EMBEDDED
 from ..errors import EvaluationError, InvalidSettings, MissingExtra, WritingError
-from ..loading import (
+from ..model.loading import (
     check_causal,
     describe_device,
     load_config,

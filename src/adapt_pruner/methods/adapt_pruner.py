@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..allocation import (
+from ..allocate.chains import (
     AdaptiveSchedule,
     Limits,
     build_chains,
@@ -18,14 +18,14 @@ from ..allocation import (
     removed_parameters,
     sizes_after_steps,
 )
-from ..anatomy import Anatomy, find_anatomy
-from ..compensation import refit_output
+from ..compensate.refit import refit_output
 from ..data import CalibrationData
 from ..errors import InvalidSettings
-from ..importance import IMPORTANCES
+from ..model.anatomy import Anatomy, find_anatomy
+from ..model.edits import cut
+from ..score.collect import Pass, Wants, collect
+from ..score.importance import IMPORTANCES
 from ..settings import PruneSettings
-from ..slicing import cut
-from ..statistics import Pass, Wants, collect
 
 GroupKey = tuple[int, str]
 

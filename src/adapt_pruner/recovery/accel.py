@@ -14,10 +14,11 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..anatomy import find_anatomy
-from ..api import PruningResult, Size, StepRecord, previous_record, prune
+from ..api import previous_record, prune
 from ..data.sampling import updated_weights
 from ..errors import Interrupted, NonFiniteError
+from ..model.anatomy import find_anatomy
+from ..result import PruningResult, Size, StepRecord
 from ..run import default_calibration, measure, protocol
 from ..settings import PruneSettings, make_settings
 from .finish import draw_progress, write_result

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..api import PruningResult
 from ..checkpoint import save_result
 from ..report import write_page
 from ..report.training_pictures import draw_training
+from ..result import PruningResult
 from ..run import store_as
 from .request import AccelRequest
 from .state import RunDirectory

@@ -11,8 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..allocation import check_reachable, resolve_target
-from ..anatomy import find_anatomy
+from ..allocate.chains import check_reachable, resolve_target
 from ..api import calibration_for, check_window_length
 from ..cache import default_cache
 from ..data import CalibrationData
@@ -22,8 +21,9 @@ from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
 from ..evaluation import fingerprint
-from ..loading import empty_model, load_config, load_model, load_tokenizer
 from ..methods.adapt_pruner import limits_of
+from ..model.anatomy import find_anatomy
+from ..model.loading import empty_model, load_config, load_model, load_tokenizer
 from ..run import evaluation_texts, stored_dtype
 from .objective import IGNORED, loss_sums, targets_of
 from .request import AccelListener, AccelRequest

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
-from ..slicing import kept_entries
+from ..model.anatomy import Anatomy
+from ..model.edits import kept_entries
 
 Moments = dict[str, dict[str, Tensor]]
 GroupKey = tuple[int, str]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..anatomy import count_parameters, find_anatomy
-from ..api import Size
-from ..loading import empty_model
+from ..model.anatomy import count_parameters, find_anatomy
+from ..model.loading import empty_model
 from ..plan import make_plan
+from ..result import Size
 from ..run import stored_dtype
 from .materials import check_training, plan_phases
 from .request import AccelRequest, check_together

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..api import Listener, PruningResult
+from ..api import Listener
 from ..errors import InvalidSettings
+from ..result import PruningResult
 from ..settings import PruneSettings
 from .lora import require_peft
 from .schedule import Phase

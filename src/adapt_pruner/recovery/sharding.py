@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import find_anatomy
+from ..model.anatomy import find_anatomy
 from .moments import Moments
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import InvalidSettings, WritingError
 from ..files import atomic_directory, check_output, read_yaml, write_atomically, write_json
-from ..loading import read_json
+from ..model.loading import read_json
 from ..run import store_as
 from .moments import Moments, flatten, unflatten
 

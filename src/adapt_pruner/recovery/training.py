@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from ..anatomy import architecture_of
 from ..data.sampling import Batch
 from ..errors import NonFiniteError
-from ..statistics import checkpointed
+from ..model.anatomy import architecture_of
+from ..score.collect import checkpointed
 from . import sharding
 from .moments import Moments, read_moments, write_moments
 from .objective import IGNORED, Teaching, loss_sums, targets_of

@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..anatomy import WIDTH_OF, find_anatomy
+from ..model.anatomy import WIDTH_OF, find_anatomy
 from . import pictures
 
 if TYPE_CHECKING:
-    from ..api import PruningResult
+    from ..result import PruningResult
     from .record import Run
 
 PAPER = "https://arxiv.org/abs/2502.03460"

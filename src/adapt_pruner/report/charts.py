@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from ..formats import short
+from ..figures import short
 
 MANY = 400
 """Points of a line, and cells with a tooltip of their own, at most."""

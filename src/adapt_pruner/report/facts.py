@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import LoadingError
-from ..formats import change, duration, figure, in_bytes, short
+from ..figures import change, duration, figure, in_bytes, short
 from .record import Run
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from .. import __version__
-from ..formats import duration, figure, short
+from ..figures import duration, figure, short
 from . import charts
 from .facts import Extras, Facts, Row, facts_of
 from .record import Run, TrainingStep

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..api import PruningResult
+    from ..result import PruningResult
 
 BEFORE, AFTER, ACCENT = "#c9d3df", "#1f6feb", "#d1495b"
 

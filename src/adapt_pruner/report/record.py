@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from ..api import PRUNING_FILE, Size, StepRecord
 from ..errors import LoadingError
-from ..loading import read_json
+from ..model.loading import read_json
+from ..result import PRUNING_FILE, Size, StepRecord
 
 RUN_FILE = "run.json"
 Widths = list[dict[str, int]]

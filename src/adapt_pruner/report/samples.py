@@ -11,7 +11,7 @@ import torch
 
 from ..errors import AdaptPrunerError, InvalidSettings
 from ..evaluation import compare_speed
-from ..loading import load_model, load_tokenizer
+from ..model.loading import load_model, load_tokenizer
 from .facts import Extras, Sample, dense_model
 from .record import Run
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from ..errors import LoadingError
-from ..formats import change, figure
+from ..figures import change, figure
 from .facts import Row, dense_model
 from .record import Run, parse
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import ARCHITECTURES
-from .per_layer import LayerConfig, layer_config
+from .layers import LayerConfig, layer_config
 
 FILE = "modeling_pruned.py"
 

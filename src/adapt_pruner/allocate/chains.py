@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anatomy import ATTENTION, Anatomy, Group
-from .errors import InvalidTarget
+from ..errors import InvalidTarget
+from ..model.anatomy import ATTENTION, Anatomy, Group
 
 GroupKey = tuple[int, str]
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModel, near_match
 from .architectures import ARCHITECTURES, Architecture
-from .errors import UnsupportedModel, near_match
 
 ATTENTION = "attention"
 MLP = "mlp"

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..errors import AdaptPrunerError, InvalidSettings, LoadingError, UnsupportedModel
 from .anatomy import architecture_of
-from .errors import AdaptPrunerError, InvalidSettings, LoadingError, UnsupportedModel
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .anatomy import Group
-from .gram import InverseGram, factorise
-from .slicing import kept_entries
+from ..model.anatomy import Group
+from ..model.edits import kept_entries
+from ..score.gram import InverseGram, factorise
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import WIDTH_NAMES, Anatomy, Group, find_anatomy, heads_fit
-from .per_layer import LayerConfig
+from .layers import LayerConfig
 
 GroupKey = tuple[int, str]
 

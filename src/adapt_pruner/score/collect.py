@@ -23,8 +23,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .anatomy import Anatomy, Group
-from .errors import NonFiniteError
+from ..errors import NonFiniteError
+from ..model.anatomy import Anatomy, Group
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
 GroupKey = tuple[int, str]

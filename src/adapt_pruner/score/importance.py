@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anatomy import ATTENTION, Group, Part
-from .statistics import Statistics, Wants
+from ..model.anatomy import ATTENTION, Group, Part
+from .collect import Statistics, Wants
 
 
 def taylor(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:

@@ -1,0 +1,1 @@
+"""Decide what each axis gives up, in exact parameter arithmetic."""

@@ -1,0 +1,1 @@
+"""Let what stays make up for what goes."""

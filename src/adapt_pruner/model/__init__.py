@@ -1,0 +1,1 @@
+"""The model: what an architecture looks like, what can be cut, edits, loading, writing."""
