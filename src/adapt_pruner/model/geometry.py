@@ -48,9 +48,8 @@ def match_widths(model: Any, architecture: Architecture, before: int, after: int
             module.normalized_shape = (after,)  # LayerNorms know it
     if not architecture.scales_embedding:
         return
-    scale = after**0.5
-    embedding.scalar_embed_scale = scale
-    embedding.embed_scale.fill_(scale)
+    embedding.scalar_embed_scale = after**0.5
+    embedding.embed_scale.fill_(torch.tensor(after**0.5).item())  # rounded as a fresh one is
     with torch.no_grad():
         embedding.weight.mul_((before / after) ** 0.5)
         if head is not None and head.weight is embedding.weight:
