@@ -96,5 +96,7 @@ class PruningResult:
     def save(self, directory: str | Path, portable: bool = False, overwrite: bool = False) -> Path:
         """Write a checkpoint that plain transformers loads. See `checkpoint.save_result`."""
         from .checkpoint import save_result
+        from .claims import claimed
 
-        return save_result(self, directory, portable=portable, overwrite=overwrite)
+        with claimed(Path(directory)):
+            return save_result(self, directory, portable=portable, overwrite=overwrite)
