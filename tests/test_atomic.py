@@ -200,7 +200,7 @@ def test_leftovers_of_others_stay(existing):
 def test_directory_is_claimed_by_one(existing):
     with (
         claimed(existing),
-        pytest.raises(WritingError, match="Another run is at work in '.*existing'"),
+        pytest.raises(WritingError, match=r"Another run is at work in '.*existing'"),
         claimed(existing),
     ):
         raise AssertionError("both may write")
@@ -222,7 +222,7 @@ def test_link_is_not_followed(existing, tmp_path):
     (home / "circle").symlink_to("circle")
     for name in ("link", "circle"):
         with (
-            pytest.raises(WritingError, match="is a link to .*name the directory itself"),
+            pytest.raises(WritingError, match=r"is a link to .*name the directory itself"),
             atomic_directory(home / name, overwrite=True),
         ):
             raise AssertionError("it is written")

@@ -12,11 +12,11 @@ from torch import nn
 from .allocate.chains import check_reachable, resolve_target
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel
+from .files import read_json
 from .methods import METHODS, PruningStep
 from .methods.adapt_pruner import limits_of
 from .model.anatomy import find_anatomy
 from .model.edits import cut
-from .model.loading import read_json
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
 from .settings import PruneSettings, make_settings
 

@@ -50,7 +50,7 @@ def foreign_files(directory: Path, also_ours: Collection[str] = ()) -> list[str]
 def _recorded(directory: Path) -> dict[str, object]:
     try:
         record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-        return {name: found for name, found in record["files"].items()}
+        return dict(record["files"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 

@@ -16,8 +16,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .durable import hidden_beside, replace_file, take_place
-from .errors import AdaptPrunerError, Interrupted, WritingError, shown
+from .errors import AdaptPrunerError, Interrupted, LoadingError, WritingError, shown
 from .figures import in_bytes
+from .parsing import ParsingError, parse_json, parse_yaml
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -152,12 +153,53 @@ def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]
         ) from error
 
 
+@contextmanager
+def writing(place: Path, kept: str = "What was there is unchanged") -> Iterator[None]:
+    """Turn whatever the disk refuses into a WritingError of a sentence, and what is `kept`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, AdaptPrunerError):
+            raise
+        raise WritingError(
+            f"'{place}' could not be written: {refusal(error)}. {kept}; free some space or name "
+            "another directory, and run again."
+        ) from error
+
+
 def refusal(error: BaseException) -> str:
     """What the disk said when it refused to write; safetensors tells of a full one in words."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):
         return "the disk is full"
-    return str(error)
+    return getattr(error, "strerror", None) or str(error)
+
+
+MAX_TEXT_BYTES, MAX_JSON_BYTES = 1 << 20, 1 << 28
+"""Of a file that people write, and of one that programs write."""
+
+
+def read_bytes(file: Path, what: str, kind: type[AdaptPrunerError], most: int) -> bytes:
+    """Read a file that is to be held in memory.
+
+    Raises:
+        kind: naming it as `what`, if it is no ordinary file of at most `most` bytes.
+    """
+    try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise kind(f"{what.capitalize()} '{file}' is a pipe or a device; name a file.")
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+    except FileNotFoundError:
+        raise kind(f"There is no {what} file '{shown(file)}'; name one that exists.") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdaptPrunerError):
+            raise
+        reason = getattr(error, "strerror", None) or "it is no path"
+        raise kind(f"{what.capitalize()} '{shown(file)}' cannot be read: {reason}.") from error
+    if len(content) > most:
+        raise kind(f"{what.capitalize()} '{file}' has more than {in_bytes(most)}; it is none.")
+    return content
 
 
 def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:
@@ -166,20 +208,26 @@ def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:
     Raises:
         kind: naming it as `what`, and what is wrong with it.
     """
-    import yaml
-
+    content = read_bytes(file, what, kind, MAX_TEXT_BYTES)
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise kind(f"There is no {what} file '{file}'; name one that exists.") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        message = f"{what.capitalize()} '{file}' is not YAML: {error.problem}{line}."
-        raise kind(message) from error
-    except OSError as error:
-        raise kind(f"{what.capitalize()} '{file}' cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        return parse_yaml(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
         raise kind(f"{what.capitalize()} '{file}' is not a text file in UTF-8.") from error
+    except ParsingError as error:
+        raise kind(f"{what.capitalize()} '{file}' is {error}.") from error
+
+
+def read_json(file: Path, kind: type[AdaptPrunerError] = LoadingError) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        kind: naming the file, and what is wrong with it.
+    """
+    content = read_bytes(file, "file", kind, MAX_JSON_BYTES)
+    try:
+        return parse_json(content)
+    except ParsingError as error:
+        raise kind(f"'{file}' cannot be read: it is {error}.") from error
 
 
 def check_file(file: Path) -> None:

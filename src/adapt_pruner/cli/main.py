@@ -18,7 +18,7 @@ OUT_OF_MEMORY = {
     "prune": "--gradient-checkpointing, --dtype bfloat16, or --micro-batch-size 1",
     "accel": "--gradient-checkpointing, --dtype bfloat16, --micro-batch-size 1 for calibration, or "
     "--per-device-train-batch-size 1 for training",
-    "compare": "--gradient-checkpointing, --dtype bfloat16, --micro-batch-size 1, or --batch-size 1",
+    "compare": "--gradient-checkpointing, --dtype bfloat16, or --micro-batch-size 1",
     "evaluate": "--batch-size 1, --dtype bfloat16, or a smaller --window or --max-length",
     "bench": "a smaller --batch-size or --prompt-tokens, or --dtype bfloat16",
     "report": "fewer models at once, or --device cpu",

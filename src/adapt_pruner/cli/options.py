@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -123,8 +123,12 @@ def _type(kind: Any) -> Any:
 
 
 def _without_none(annotation: Any) -> Any:
+    """The type itself, without `| None` and without limits."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next(arm for arm in get_args(annotation) if arm is not type(None))
+        arms = get_args(annotation)
+        return _without_none(next(arm for arm in arms if arm is not type(None)))
+    if get_origin(annotation) is Annotated:
+        return _without_none(get_args(annotation)[0])
     return annotation
 
 

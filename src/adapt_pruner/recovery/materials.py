@@ -134,7 +134,7 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
     check_window_length(model.config, request.settings)
     names = [("model", model.config)]
     if request.teacher:
-        teacher = load_config(request.teacher, request.trust_remote_code)
+        teacher = load_config(request.teacher, request.trust_remote_code, prunable=False)
         names.append((f"teacher '{request.teacher}'", teacher))
     for name, config in names:
         longest = getattr(config, "max_position_embeddings", None)

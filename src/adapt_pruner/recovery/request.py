@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..api import Listener
+from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
 from ..result import PruningResult
 from ..settings import PruneSettings
@@ -51,6 +52,16 @@ class AccelRequest:
             **self.settings.model_dump(mode="json"),
             **self.recovery.model_dump(mode="json"),
         }
+
+    def sources(self) -> list[str | None]:
+        """Names of all that the run reads: directories, files or names on the hub.
+
+        Raises:
+            DataError: if the mixture cannot be read.
+        """
+        mixture = read_mixture(self.data)
+        named = [self.model, self.teacher, self.data, self.evaluate, self.settings.calibration]
+        return [*named, self.recovery.exclude, *(source.path for source in mixture.sources)]
 
 
 _RECIPE_NAMES = (

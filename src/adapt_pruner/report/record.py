@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..errors import LoadingError
-from ..model.loading import read_json
+from ..files import read_json
 from ..result import PRUNING_FILE, Size, StepRecord
 
 RUN_FILE = "run.json"
