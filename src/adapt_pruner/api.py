@@ -11,7 +11,7 @@ from torch import nn
 
 from .allocate.chains import check_reachable, resolve_target
 from .data import CalibrationData, load_calibration
-from .errors import InvalidSettings, LoadingError, UnsupportedModel
+from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
 from .methods import METHODS, PruningStep
 from .methods.adapt_pruner import limits_of
@@ -165,7 +165,7 @@ def replay(model: nn.Module, record: str | Path | dict[str, Any]) -> None:
         path = Path(record)
         record = read_json(path / PRUNING_FILE if path.is_dir() else path)
     if not isinstance(record, dict):
-        raise LoadingError(f"The record of a pruning must be a JSON object; got {record!r:.60}.")
+        raise LoadingError(f"The record of a pruning must be a JSON object; got {shown(record)}.")
     anatomy = find_anatomy(model)
     keep = {}
     for group in anatomy.groups:

@@ -87,7 +87,7 @@ def check_replaceable(
     if not place.is_dir() or not any(place.iterdir()):
         return
     for source in sources:
-        if source is not None and _is_inside(source, place):
+        if source is not None and is_inside(source, place):
             raise WritingError(
                 f"'{source}' is read by this run and lies in '{directory}', which it would "
                 "replace. Name another directory to write."
@@ -102,7 +102,7 @@ def check_replaceable(
         )
 
 
-def _is_inside(source: str | Path, place: Path) -> bool:
+def is_inside(source: str | Path, place: Path) -> bool:
     """Whether a source is a local one, and `place` itself or below it."""
     try:
         path = Path(source).expanduser()

@@ -83,12 +83,16 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: Any, most: int = 120) -> str:
-    """A value as messages show it: shortened, however large or deep it is, and printable. Text of a
-    path or a name stands without quotation marks.
+    """A value as messages show it: shortened, however large or deep it is, and printable. A path
+    stands without quotation marks.
 
     >>> shown([[[[1]]]]), shown(10**4000), shown(Path("a" * 300), 10)
     ('[[[...]]]', '<a number of 4001 digits>', 'aaaaaaa...')
     """
-    text = str(value)[: most + 1] if isinstance(value, Path) else _Short().repr(value)
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return shortened(str(value) if isinstance(value, Path) else _Short().repr(value), most)
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """The beginning of a text on one line, printable."""
+    text = " ".join(text[: 2 * most].split()).encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -230,16 +231,31 @@ def read_json(file: Path, kind: type[AdaptPrunerError] = LoadingError) -> Any:
         raise kind(f"'{file}' cannot be read: it is {error}.") from error
 
 
+OWN_RESULT = re.compile(rb'\{\s*"format": 1,\s*"(models|model|device)":')
+"""How the files of `evaluate`, `bench`, `inspect` and `compare` begin."""
+
+
 def check_file(file: Path) -> None:
-    """Raise WritingError now if `file` could not be written later."""
+    """Raise WritingError now if results could not be written to `file` later. Only results are
+    replaced: not a configuration, nor a thesis."""
     place = place_of(file)
     if place.is_dir():
         raise WritingError(f"'{file}' is a directory; name a file.")
     if place.exists() and not place.is_file():
         raise WritingError(f"'{file}' is a pipe or a device; name an ordinary file.")
+    if place.exists() and place.stat().st_size:
+        with place.open("rb") as stream:
+            if not OWN_RESULT.match(stream.read(100)):
+                raise WritingError(f"'{file}' exists and holds no results; name another file.")
     parent = _existing_parent(place)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise WritingError(f"'{file}' cannot be written to; name a file elsewhere.")
+
+
+def beginning(file: Path, size: int = 2_000) -> str:
+    """The first characters of a file, whatever it holds."""
+    with file.open("rb") as stream:
+        return stream.read(size).decode("utf-8", "ignore")
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
 
 from .errors import InvalidSettings, shown
 
@@ -26,55 +26,61 @@ def _not_a_switch(value: Any) -> Any:
     return value
 
 
-_number = BeforeValidator(_not_a_switch)
+_finite = AllowInfNan(False)
+_number = BeforeValidator(_not_a_switch)  # last, or limits would not be in the JSON schema
 
-Whole = Annotated[int, _number]
-"""A whole number; limits are to be added."""
-Finite = Annotated[float, AllowInfNan(False), _number]
-"""A number that is neither NaN nor infinite; limits are to be added."""
-
-Seed = Annotated[Whole, Ge(0), Le(MAX_SEED)]
-Rounds = Annotated[Whole, Ge(1), Le(10_000)]
+Seed = Annotated[int, Ge(0), Le(MAX_SEED), _number]
+Rounds = Annotated[int, Ge(1), Le(10_000), _number]
 """Times that something is done again as a whole."""
-Batch = Annotated[Whole, Ge(1), Le(65_536)]
+Runs = Annotated[int, Ge(1), Le(1_000), _number]
+"""Seeds of a comparison."""
+Batch = Annotated[int, Ge(1), Le(65_536), _number]
 """Sequences at once."""
-Windows = Annotated[Whole, Ge(1), Le(1_000_000)]
-Length = Annotated[Whole, Ge(2), Le(MAX_WINDOW)]
+Windows = Annotated[int, Ge(1), Le(1_000_000), _number]
+Length = Annotated[int, Ge(2), Le(MAX_WINDOW), _number]
 """Tokens of a window in which something is to be predicted."""
-Tokens = Annotated[Whole, Ge(1), Le(MAX_WINDOW)]
+Tokens = Annotated[int, Ge(1), Le(MAX_WINDOW), _number]
 """Tokens of a part of a sequence."""
-Documents = Annotated[Whole, Ge(1), Le(1_000_000_000)]
-Steps = Annotated[Whole, Ge(1), Le(1_000_000_000)]
+Documents = Annotated[int, Ge(1), Le(1_000_000_000), _number]
+Steps = Annotated[int, Ge(1), Le(1_000_000_000), _number]
 """Optimizer steps."""
-Budget = Annotated[Whole, Ge(1), Le(MAX_TOKENS)]
+Budget = Annotated[int, Ge(1), Le(MAX_TOKENS), _number]
 """Tokens to train on in all."""
-BatchTokens = Annotated[Whole, Ge(2), Le(1_000_000_000)]
-Width = Annotated[Whole, Ge(1), Le(1_000_000)]
+BatchTokens = Annotated[int, Ge(2), Le(1_000_000_000), _number]
+Width = Annotated[int, Ge(1), Le(1_000_000), _number]
 """Neurons, tokens of a vocabulary, or other entries along a side of a matrix."""
-Rank = Annotated[Whole, Ge(0), Le(65_536)]
-Shots = Annotated[Whole, Ge(0), Le(1_000)]
-Layer = Annotated[Whole, Ge(-10_000), Le(10_000)]
+Rank = Annotated[int, Ge(0), Le(65_536), _number]
+Shots = Annotated[int, Ge(0), Le(1_000), _number]
+Layer = Annotated[int, Ge(-10_000), Le(10_000), _number]
 """Number of a decoder layer; negative from the end."""
 
-Share = Annotated[Finite, Ge(0), Le(1)]
-ShareBelowOne = Annotated[Finite, Ge(0), Lt(1)]
-PartBelowOne = Annotated[Finite, Gt(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1), _finite, _number]
+ShareBelowOne = Annotated[float, Ge(0), Lt(1), _finite, _number]
+PartBelowOne = Annotated[float, Gt(0), Lt(1), _finite, _number]
 """A share that is neither nothing nor all."""
-Amplitude = Annotated[Finite, Ge(0), Le(1_000)]
-Ridge = Annotated[Finite, Ge(1e-12), Le(1e6)]
+Amplitude = Annotated[float, Ge(0), Le(1_000), _finite, _number]
+Ridge = Annotated[float, Ge(1e-12), Le(1e6), _finite, _number]
 """Relative to the mean of a diagonal."""
-LearningRate = Annotated[Finite, Ge(1e-12), Le(10)]
-LearningRateOrZero = Annotated[Finite, Ge(0), Le(10)]
-Decay = Annotated[Finite, Ge(0), Le(100)]
-Norm = Annotated[Finite, Ge(1e-9), Le(1e9)]
-Temperature = Annotated[Finite, Ge(0.01), Le(1_000)]
-Factor = Annotated[Finite, Ge(1e-6), Le(1e6)]
-Weight = Annotated[Finite, Ge(0), Le(1e12)]
+LearningRate = Annotated[float, Ge(1e-12), Le(10), _finite, _number]
+LearningRateOrZero = Annotated[float, Ge(0), Le(10), _finite, _number]
+Decay = Annotated[float, Ge(0), Le(100), _finite, _number]
+Norm = Annotated[float, Ge(1e-9), Le(1e9), _finite, _number]
+Temperature = Annotated[float, Ge(0.01), Le(1_000), _finite, _number]
+Factor = Annotated[float, Ge(1e-6), Le(1e6), _finite, _number]
+Weight = Annotated[float, Ge(0), Le(1e12), _finite, _number]
 """Of one of several, on any scale."""
-Nats = Annotated[Finite, Gt(0), Le(1e6)]
-Loss = Annotated[Finite, Ge(-1e6), Le(1e6)]
-Hours = Annotated[Finite, Gt(0), Le(1e6)]
-Limit = Annotated[Finite, Ge(1e-9), Le(1e9)]
+Nats = Annotated[float, Gt(0), Le(1e6), _finite, _number]
+Loss = Annotated[float, Ge(-1e6), Le(1e6), _finite, _number]
+Hours = Annotated[float, Gt(0), Le(1e6), _finite, _number]
+
+
+def _whole_above_one(value: float) -> float:
+    if value > 1 and value != round(value):
+        raise ValueError("must be a whole number of items, or a share below 1")
+    return value
+
+
+Limit = Annotated[float, Gt(0), Le(1e9), _finite, _number, AfterValidator(_whole_above_one)]
 """Items, or their share below 1."""
 
 Name = Annotated[str, Len(1, 4096)]

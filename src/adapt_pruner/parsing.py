@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .errors import shown
+from .errors import shortened, shown
 
 MAX_DEPTH = 100
 """Of nested lists and mappings."""
@@ -29,8 +29,11 @@ class ParsingError(ValueError):
     """Why a text is no value: a clause that follows the name of its place and "is"."""
 
 
-def parse_json(content: bytes) -> Any:
-    """The value of a JSON text; NaN and infinity are none.
+def parse_json(content: bytes, allow_nan: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        allow_nan: take NaN and Infinity, which are no JSON but written by some programs.
 
     Raises:
         ParsingError: if it is not JSON, not Unicode, or nested too deeply.
@@ -41,15 +44,21 @@ def parse_json(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ParsingError("not UTF-8 text") from error
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=float if allow_nan else _refuse_constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise ParsingError(f"not valid JSON: {error.msg} ({where})") from error
+    except ParsingError:
+        raise
     except ValueError as error:  # a number of too many digits
         raise ParsingError("not valid JSON: a number has too many digits") from error
     if _SURROGATE.search(content):
         _check_text(value)
     return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ParsingError(f"not valid JSON: {name} is no number of it")
 
 
 def check_depth(content: bytes) -> None:
@@ -87,7 +96,7 @@ def parse_yaml(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ParsingError(f"not YAML: {shown(error.problem).strip(chr(39))}{line}") from error
+        raise ParsingError(f"not YAML: {shortened(str(error.problem))}{line}") from error
     except yaml.YAMLError as error:
         raise ParsingError("not a text file in UTF-8") from error
     except ParsingError:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import InvalidSettings, near_match, shown
+from .errors import InvalidSettings, near_match, shortened, shown
 from .limits import (
     Amplitude,
     Batch,
@@ -264,7 +264,7 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     problem = error.errors()[0]
     if not problem["loc"]:  # of several settings together
         return f"{message_of(problem)}; got {shown(problem['input'])}."
-    name = shown(".".join(map(str, problem["loc"][:1]))).strip("'")
+    name = shortened(str(problem["loc"][0]))
     if problem["type"] == "extra_forbidden":
         return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
     return f"{name}: {message_of(problem)}; got {shown(problem['input'])}."

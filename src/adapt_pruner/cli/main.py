@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from .. import __version__
-from ..errors import AdaptPrunerError, Interrupted, near_match, shown
+from ..errors import AdaptPrunerError, Interrupted, near_match, shortened, shown
 
 OUT_OF_MEMORY = {
     "prune": "--gradient-checkpointing, --dtype bfloat16, or --micro-batch-size 1",
@@ -24,6 +24,8 @@ OUT_OF_MEMORY = {
     "report": "fewer models at once, or --device cpu",
 }
 """Command -> what to try when it does not fit."""
+
+LONGEST_MESSAGE, LONGEST_VALUE = 2_000, 120
 
 
 class Program(click.Group):
@@ -133,7 +135,12 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
         hint = near_match(error.option_name, error.possibilities or [])
         return f"There is no option '{error.option_name}'.{hint} --help lists them.", 2
     if isinstance(error, click.ClickException):
-        return error.format_message(), error.exit_code
+        message = error.format_message()
+        for argument in arguments:  # click shows values in full
+            value = argument.partition("=")[2] if argument.startswith("--") else argument
+            if len(value) > LONGEST_VALUE:
+                message = message.replace(value, shortened(value, LONGEST_VALUE))
+        return message, error.exit_code
     if isinstance(error, AdaptPrunerError):
         return str(error), 1
     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -148,5 +155,7 @@ def _is_out_of_memory(text: str) -> bool:
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    if len(message) > LONGEST_MESSAGE:  # of a library, with a value that it was given
+        message = f"{message[:LONGEST_MESSAGE]}..."
     click.echo(f"adapt-pruner: error: {message}", err=True)
     sys.exit(status)

@@ -220,7 +220,7 @@ def _json_lines(file: Path) -> Iterator[Row]:
 
 def _parsed(content: bytes, place: str, what: str) -> Any:
     try:
-        return parse_json(content)
+        return parse_json(content, allow_nan=True)
     except ParsingError as error:
         raise DataError(f"{place} is {error}. Correct {what}, or leave it out.") from error
 

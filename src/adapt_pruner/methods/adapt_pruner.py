@@ -21,7 +21,7 @@ from ..allocate.chains import (
 from ..compensate.refit import refit_output
 from ..data import CalibrationData
 from ..errors import InvalidSettings
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import MLP, Anatomy, find_anatomy
 from ..model.edits import cut
 from ..score.collect import Pass, Wants, collect
 from ..score.importance import IMPORTANCES
@@ -145,6 +145,12 @@ def limits_of(settings: PruneSettings, anatomy: Anatomy) -> Limits:
             raise InvalidSettings(
                 f"prune: the {settings.prune} of this architecture cannot be cut; use mlp."
             )
+    widths = [group.num_units for group in anatomy.groups if group.kind == MLP]
+    if MLP in kinds and settings.multiple > 1 and settings.multiple >= max(widths):
+        raise InvalidSettings(
+            f"multiple: the widest MLP has {max(widths):,} neurons, so that none could be cut in "
+            f"multiples of {settings.multiple:,}. Lower it, or cut the attention alone."
+        )
     return Limits(
         kinds=frozenset(kinds),
         protected_layers=frozenset(layer % count for layer in settings.protect_layers),

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from ..errors import LoadingError, UnsupportedModel, shown
+from ..errors import LoadingError, UnsupportedModel, shortened, shown
 from ..files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -153,7 +153,7 @@ def check_weights(name: str, report: dict[str, Any], config: Any) -> None:
     if without:
         more = f" and {len(without) - 1:,} more" if len(without) > 1 else ""
         raise LoadingError(
-            f"The weights of '{name}' hold {shown(sorted(without)[0]).strip(chr(39))}{more}, for "
+            f"The weights of '{name}' hold {shortened(sorted(without)[0])}{more}, for "
             "which config.json has no place: with fewer layers or other parts it is another "
             "model's. Restore config.json."
         )

@@ -27,6 +27,7 @@ from ..errors import (
     LoadingError,
     UnsupportedModel,
     near_match,
+    shortened,
     shown,
 )
 from .anatomy import architecture_of
@@ -37,7 +38,15 @@ EMBEDDED_MODEL = "demo"
 
 
 def resolve_name(name: str) -> str:
-    """Turn the name of the embedded model into its directory, and ~ into the home directory."""
+    """Turn the name of the embedded model into its directory, and ~ into the home directory.
+
+    Raises:
+        LoadingError: for what cannot be a name.
+    """
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise LoadingError(f"There is no model directory {shown(name)}.") from error
     if name == EMBEDDED_MODEL and not Path(name).exists():
         return str(resources.files("adapt_pruner") / "demo_model")
     return str(Path(name).expanduser()) if name.startswith("~") else name
@@ -258,11 +267,21 @@ _EXPLANATIONS = {
 """What to say for a text that occurs in an error of transformers, which are often long."""
 
 
+_ABOUT_CODE = (
+    AttributeError, TypeError, LookupError, ArithmeticError, AssertionError, RecursionError,
+    UnboundLocalError, StopIteration,
+)  # fmt: skip
+
+
 def _brief(error: Exception) -> str:
     text = str(error).strip() or repr(error)
     for sign, explanation in _EXPLANATIONS.items():
         if sign in text:
             return explanation
+    if isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str):
+        return f"'{shortened(error.args[0])}' is missing in it, or not known. Restore its files."
+    if isinstance(error, _ABOUT_CODE):  # what Python says then is about code, not about files
+        return "a value in its files is missing or of a wrong kind. Restore them."
     if isinstance(error, SafetensorError):
         return f"a file is damaged or incomplete ({text}). Copy or download it again."
     first_sentence = re.split(r"(?<=[.!?])\s(?=[A-Z])", " ".join(text.split()))[0]

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..claims import check_replaceable, claimed
 from ..durable import flush, remove, take_place
-from ..errors import InvalidSettings, WritingError, shown
+from ..errors import InvalidSettings, LoadingError, WritingError, shown
 from ..files import (
     atomic_directory,
     check_output,
@@ -42,6 +43,7 @@ from ..files import (
     write_json,
     writing,
 )
+from ..limits import message_of
 from ..run import store_as
 from .moments import Moments, flatten, unflatten
 
@@ -236,7 +238,7 @@ class RunDirectory:
     def resume(self, write: bool) -> tuple[Progress, Path] | None:
         """The newest checkpoint, if there is one; with `write`, the log is cut back to it."""
         found = self.checkpoints()
-        progress = Progress(**read_json(found[-1] / "progress.json")) if found else Progress()
+        progress = _progress_in(found[-1]) if found else Progress()
         if write and self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines()[: progress.step]
             write_atomically(self.log, "".join(f"{line}\n" for line in lines))
@@ -263,6 +265,17 @@ class RunDirectory:
         for name, tensor in _tensors(checkpoint / "model.safetensors"):
             parameters[name].data.copy_(tensor)
         return unflatten(_tensors(checkpoint / "moments.safetensors"))
+
+
+def _progress_in(checkpoint: Path) -> Progress:
+    file = checkpoint / "progress.json"
+    try:
+        return TypeAdapter(Progress).validate_python(read_json(file))
+    except ValidationError as error:
+        raise LoadingError(
+            f"'{file}' is damaged ({message_of(error.errors()[0])}). Restore it, or begin anew "
+            "with --overwrite."
+        ) from error
 
 
 def _is_scrap(entry: Path) -> bool:
