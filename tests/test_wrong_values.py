@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from adapt_pruner.cli import main
 from adapt_pruner.report import pictures
+from adapt_pruner.run import Request, run_pruning
+from adapt_pruner.settings import make_settings
 from wrong_values import Call, arms, is_number, judge, settings_models, wrong_files, wrong_settings
 
 SECONDS_PER_CALL = 10.0
@@ -19,16 +20,10 @@ SECONDS_PER_CALL = 10.0
 def run_directory(llama, text_file, tmp_path_factory) -> Path:
     """The directory of a real run."""
     directory = tmp_path_factory.mktemp("wrong") / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    settings = make_settings(calibration=str(text_file), steps=1, windows=4, window_length=12)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw_all", lambda directory, result: {})
-        main(
-            [
-                "prune", str(llama), "-o", str(directory), "--sparsity", "0.2", "-q", "--steps",
-                "1", "--windows", "4", "--window-length", "12", "--calibration", str(text_file),
-            ]
-        )  # fmt: skip
-        raise SystemExit(0)
-    assert ended.value.code == 0
+        run_pruning(Request(str(llama), settings, sparsity=0.2), directory)
     return directory
 
 
