@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from .model.edits import cut
 from .model.loading import read_json
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
 from .settings import PruneSettings, make_settings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Listener:
@@ -39,6 +42,7 @@ def prune(
     settings: PruneSettings | None = None,
     preset: str = "best",
     listener: Listener | None = None,
+    group: ProcessGroup | None = None,
     **overrides: Any,
 ) -> PruningResult:
     """Make `model` smaller, in place, to exactly the size named.
@@ -52,6 +56,9 @@ def prune(
         calibration: text to score on, see `load_calibration`; default: the settings' own.
         settings: all settings at once; or a `preset` and single settings as keywords.
         listener: hears of progress.
+        group: processes of torch.distributed that each hold the whole model and all make this call:
+            they share the calibration windows, the first one decides, and all end with the same
+            weights. None: this process alone, whatever else is initialised.
 
     Raises:
         AdaptPrunerError: one of its kinds, before anything is changed, except for non-finite
@@ -82,7 +89,7 @@ def prune(
     steps, began = [], time.perf_counter()
     listener.on_start(before.total, target)
     method = METHODS[settings.method]
-    for step in method(model, calibration, target, settings, listener.on_progress):
+    for step in method(model, calibration, target, settings, listener.on_progress, group):
         for key, kept_U in step.kept.items():
             original[key] = original[key][kept_U]
         anatomy = step.anatomy

@@ -36,7 +36,11 @@ RECIPE_KEYS = {
 @click.command("accel")
 @run_options
 @click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
-@click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
+@click.option(
+    "--data",
+    help="Training text: as --calibration, or a mixture (YAML, or adapt-llm). It is also what cuts "
+    "are calibrated on, unless --calibration names other text.",
+)
 @click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
 @click.option("--stop-after", type=click.IntRange(1), help="Stop after this phase, to go on later.")
 @click.option(
@@ -73,8 +77,7 @@ def command(
     adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
     adapt-pruner accel --recipe recipes/accel-demo.yaml -o small
     """
-    from ..recovery.request import AccelRequest
-    from ..run import default_calibration
+    from ..recovery.request import TRAINING_DATA, AccelRequest
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
@@ -102,7 +105,7 @@ def command(
     flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
     request = AccelRequest(
         model=model,
-        settings=resolve_settings(preset, default_calibration(model), said, options),
+        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
         recovery=make_recovery_settings(**{**from_recipe, **given}),
         report_to=trackers,
         **values,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -23,9 +24,13 @@ from ..data import CalibrationData
 from ..errors import InvalidSettings
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.edits import cut
+from ..processes import copy_from_first, decided_by_first
 from ..score.collect import Pass, Wants, collect
 from ..score.importance import IMPORTANCES
 from ..settings import PruneSettings
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 GroupKey = tuple[int, str]
 
@@ -55,11 +60,13 @@ def adapt_pruner(
     target: int,
     settings: PruneSettings,
     on_progress: Callable[[float], None] = lambda share: None,
+    group: ProcessGroup | None = None,
 ) -> Iterator[PruningStep]:
     """Cut `model` in place to at most `target` parameters, one step per yield.
 
     Args:
         on_progress: called during a step with the share of its calibration windows done.
+        group: processes that cut the same model together, see `prune`.
     """
     anatomy = find_anatomy(model)
     limits = limits_of(settings, anatomy)
@@ -73,6 +80,7 @@ def adapt_pruner(
         settings.gradient_checkpointing,
         settings.distance,
         settings.ridge,
+        group,
     )
     schedule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
     sizes = sizes_after_steps(anatomy, target, settings.steps)
@@ -89,8 +97,8 @@ def adapt_pruner(
         with collect(model, anatomy, windows_BT, wants, how, report) as statistics:
             collected = time.perf_counter()
             scores = {
-                group.key: importance.score(group, statistics, settings.seed + step)
-                for group in anatomy.groups
+                units.key: importance.score(units, statistics, settings.seed + step)
+                for units in anatomy.groups
             }
             chains = build_chains(anatomy.groups, scores, limits)
             needed = anatomy.total_parameters - target
@@ -102,11 +110,12 @@ def adapt_pruner(
                 done = step == settings.steps or removed_parameters(chains) >= needed
                 if done:
                     remove_ranked(chains, needed)
-            kept = keep_masks(chains, scores)
+            kept, done = decided_by_first((keep_masks(chains, scores), done), group)
             if settings.compensation == "refit":
-                for group in anatomy.groups:
-                    if group.key in kept:
-                        refit_output(group, kept[group.key], statistics.inverse_gram(group.key))
+                changed = [units for units in anatomy.groups if units.key in kept]
+                for units in changed:
+                    refit_output(units, kept[units.key], statistics.inverse_gram(units.key))
+                copy_from_first((units.output.tensor for units in changed), group)
             anatomy = cut(model, anatomy, kept)
         made = PruningStep(
             step=step,

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import NonFiniteError
 from ..model.anatomy import Anatomy, Group
+from ..processes import add_up, share_of
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 GroupKey = tuple[int, str]
 
@@ -120,6 +125,8 @@ class Pass:
     distance: Distance = Distance.COSINE
     ridge: float = 0.01
     """See `Statistics.ridge`."""
+    group: ProcessGroup | None = None
+    """Processes that share the windows; each of them calls `collect`. None: this one alone."""
 
 
 @contextmanager
@@ -170,26 +177,19 @@ def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistic
     observer = _Observer(anatomy, wants, how)
     device = model.get_input_embeddings().weight.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    rank, processes = _processes(len(windows_BT))
+    group = how.group if share_of(how.group)[1] <= len(windows_BT) else None
+    rank, processes = share_of(group)
     own_BT = windows_BT[rank::processes]
     with observer.attached(), torch.set_grad_enabled(wants.backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
             loss += _run_micro_batch(model, batch_BT, wants.backward)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
-    if processes > 1:
-        torch.distributed.all_reduce(loss)
-        observer.sum_over_processes()
+    if group is not None:
+        add_up([loss], group)
+        observer.sum_over_processes(group)
     num_windows, window_length = windows_BT.shape
     return observer.statistics(num_windows, window_length, loss.item())
-
-
-def _processes(num_windows: int) -> tuple[int, int]:
-    """Index of this process and number of processes that share the windows."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not there or torch.distributed.get_world_size() > num_windows:
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float:
@@ -308,7 +308,7 @@ class _Observer:
         _add(self.sums.fisher, parameter, gradient.float().square())
         _add(self.gradients, parameter, gradient)
 
-    def sum_over_processes(self) -> None:
+    def sum_over_processes(self, group: ProcessGroup) -> None:
         """Replace all sums by those over all processes; every process calls it."""
         sums = self.sums
         for i, layer in enumerate(self.distances):
@@ -320,8 +320,7 @@ class _Observer:
             for parameter in prunable_matrices(self.anatomy):
                 gradient = self.gradients.get(parameter, parameter.grad)
                 own += [gradient] if gradient is not None else []
-        for tensor in own:
-            torch.distributed.all_reduce(tensor)
+        add_up(own, group)
 
     def statistics(self, num_windows: int, window_length: int, loss: float) -> Statistics:
         """Turn the sums over windows into means."""
