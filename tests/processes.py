@@ -1,4 +1,4 @@
-"""Several processes that torch.distributed connects: forks of this one, which import nothing anew."""
+"""Several processes that torch.distributed connects: forks, which import nothing anew."""
 
 from __future__ import annotations
 

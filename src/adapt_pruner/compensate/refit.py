@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..model.anatomy import Group
 from ..model.edits import kept_entries
+from ..precision import in_float64
 from ..score.gram import InverseGram, factorise
 
 
@@ -31,9 +32,11 @@ def refit_output(group: Group, keep_U: Tensor, inverse: InverseGram) -> None:
     matrix_CC, weight = inverse.matrix_CC, group.output.tensor
     kept = kept_entries(group.output.index_UK, keep_U).to(matrix_CC.device)
     gone = kept_entries(group.output.index_UK, ~keep_U).to(matrix_CC.device)
-    gone_RC = matrix_CC[gone].double()
-    factor_RR = factorise(gone_RC[:, gone])
-    weight_DR = weight[:, gone.to(weight.device)].to(gone_RC)
-    update_DK = torch.cholesky_solve(weight_DR.T, factor_RR).T @ gone_RC[:, kept]
+    gone_RC = in_float64(matrix_CC[gone])
+    place = gone_RC.device
+    factor_RR = factorise(gone_RC[:, gone.to(place)])
+    weight_DR = in_float64(weight[:, gone.to(weight.device)]).to(place)
+    update_DK = torch.cholesky_solve(weight_DR.T, factor_RR).T @ gone_RC[:, kept.to(place)]
     kept = kept.to(weight.device)
-    weight[:, kept] = (weight[:, kept] - update_DK.to(weight.device)).to(weight)
+    refitted_DK = weight[:, kept].to(place) - update_DK
+    weight[:, kept] = refitted_DK.to(weight.dtype).to(weight.device)

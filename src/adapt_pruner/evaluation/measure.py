@@ -21,7 +21,7 @@ from ..model.loading import (
     resolve_device,
 )
 from ..settings import EvaluationSettings, make_evaluation_settings
-from . import fingerprint
+from . import code, fingerprint
 from .perplexity import evaluation_texts, perplexity
 from .store import Record, ResultStore
 from .suites import Suite, find_suites
@@ -285,6 +285,7 @@ class _Run:
             "batch_size": self.settings.batch_size,
             "seed": self.settings.seed,
             "versions": fingerprint.versions("datasets", "lm-eval"),
+            "code": code.of_modules(code.TASKS),
         }
 
         def measure() -> dict[str, Any]:
@@ -319,6 +320,7 @@ class _Run:
             "stride": stride,
             "batch_size": self.settings.batch_size,
             "versions": fingerprint.versions(),
+            "code": code.of_modules(code.TEXT),
         }
 
         def measure() -> dict[str, Any]:

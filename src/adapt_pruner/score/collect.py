@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import NonFiniteError
 from ..model.anatomy import Anatomy, Group
+from ..precision import in_float64, zero_in_float64
 from ..processes import add_up, share_of
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
@@ -72,7 +73,7 @@ class Distance(str, Enum):
         else:
             order = 2 if self is Distance.EUCLIDEAN else 1
             per_token = torch.linalg.vector_norm(y_BTD - x_BTD, ord=order, dim=-1)
-        return per_token.double().mean()
+        return in_float64(per_token).mean()
 
 
 @dataclass
@@ -176,14 +177,14 @@ def _first_micro_batch_size(how: Pass, windows_BT: Tensor, wants: Wants) -> int:
 def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistics:
     observer = _Observer(anatomy, wants, how)
     device = model.get_input_embeddings().weight.device
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    loss = zero_in_float64(device)
     group = how.group if share_of(how.group)[1] <= len(windows_BT) else None
     rank, processes = share_of(group)
     own_BT = windows_BT[rank::processes]
     with observer.attached(), torch.set_grad_enabled(wants.backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
-            loss += _run_micro_batch(model, batch_BT, wants.backward)
+            loss += _run_micro_batch(model, batch_BT, wants.backward).to(loss.device)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
     if group is not None:
         add_up([loss], group)
@@ -192,7 +193,7 @@ def _run(model, anatomy, windows_BT, wants, how, size, on_progress) -> Statistic
     return observer.statistics(num_windows, window_length, loss.item())
 
 
-def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float:
+def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor:
     """Forward and backward. Returns the sum of the window losses, or 0 without a backward pass.
 
     The graph is gone when this returns: hooks in it hold activations of every layer, which must not
@@ -200,10 +201,10 @@ def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float
     """
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     if not backward:
-        return 0.0
+        return zero_in_float64(tokens_BT.device)
     loss, gradient_BTV = _loss_and_gradient(logits_BTV.detach(), tokens_BT.to(logits_BTV.device))
     logits_BTV.backward(gradient_BTV)
-    return loss.to(tokens_BT.device)
+    return loss
 
 
 @torch.no_grad()
@@ -216,14 +217,14 @@ def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, T
     Returns a float64 scalar in nats, and a tensor like the logits.
     """
     num_predicted = tokens_BT.shape[1] - 1
-    loss = logits_BTV.new_zeros((), dtype=torch.float64)
+    loss = zero_in_float64(logits_BTV.device)
     gradient_BTV = torch.zeros_like(logits_BTV)  # the last token of a window predicts nothing here
     size = max(1, 128 // tokens_BT.shape[1])
     for start in range(0, len(tokens_BT), size):
         some = slice(start, start + size)
         targets_BT1 = tokens_BT[some, 1:, None]
         log_probs_BTV = logits_BTV[some, :-1].float().log_softmax(dim=-1)
-        loss -= log_probs_BTV.gather(2, targets_BT1).double().sum() / num_predicted
+        loss -= in_float64(log_probs_BTV.gather(2, targets_BT1)).sum() / num_predicted
         probs_BTV = log_probs_BTV.exp_()
         probs_BTV.scatter_add_(2, targets_BT1, probs_BTV.new_tensor(-1.0).expand(targets_BT1.shape))
         gradient_BTV[some, :-1] = probs_BTV.div_(num_predicted)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.anatomy import ATTENTION, Group, Part
+from ..precision import in_float64
 from .collect import Statistics, Wants
 
 
@@ -88,11 +89,12 @@ def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tens
     else:
         blocks_KKU = inverse.matrix_CC.view(shape + shape).diagonal(dim1=0, dim2=2)
         residual_U = (
-            torch.linalg.inv(blocks_KKU.permute(2, 0, 1).double())
+            torch.linalg.inv(in_float64(blocks_KKU.permute(2, 0, 1)))
             .diagonal(dim1=1, dim2=2)
             .sum(dim=1)
         )
-    return activation_fisher(group, statistics) * (residual_U / total_U).float()
+    share_U = (residual_U / total_U.to(residual_U.device)).float()
+    return activation_fisher(group, statistics) * share_U.to(total_U.device)
 
 
 def random(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
