@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import tracking
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -234,10 +235,32 @@ def test_dynamic_mixture_moves_towards_the_harder_domain(request_, text_file, tm
     assert drawn["hard"] > 2 * drawn["easy"]
 
 
-def test_trackers_are_reported_to(request_, tmp_path):
-    pytest.importorskip("tensorboard")
-    finish(replace(request_, report_to=("tensorboard",)), tmp_path / "run")
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+def test_trackers_are_reported_to(request_, text_file, tmp_path, monkeypatch):
+    """One in the place of TensorBoard's, which need not be installed."""
+    heard: list[Any] = []
+
+    class Tracker(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", True, None
+
+        def __init__(self, run_name, logging_dir, **kwargs):
+            super().__init__()
+            heard.append(Path(logging_dir))
+
+        def store_init_configuration(self, values):
+            heard.append(values)
+
+        def log(self, values, step=None, **kwargs):
+            heard.append((step, values))
+
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    request = replace(request_, report_to=("tensorboard",), evaluate=str(text_file))
+    finish(with_training(request, phases=1), tmp_path / "run")
+    place, configuration, *logs = heard
+    assert place.resolve() == (tmp_path / "run").resolve()
+    assert configuration["learning_rate"] == 3e-3
+    assert [step for step, values in logs if "loss" in values] == list(range(1, 13))
+    assert [step for step, values in logs if "perplexity" in values] == [12]
 
 
 # Resume.

@@ -18,8 +18,8 @@ from ..data import CalibrationData
 from ..data.calibration import load_documents
 from ..errors import InvalidSettings, LoadingError, NonFiniteError
 from ..evaluation import Evaluation, ResultStore, Score, code, evaluate, fingerprint
-from ..evaluation.measure import Subject
 from ..evaluation.store import Record
+from ..evaluation.subject import Subject
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
 from ..result import PruningResult

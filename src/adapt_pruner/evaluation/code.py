@@ -13,7 +13,7 @@ from .store import digest
 _MODEL = ("adapt_pruner.model.loading", "adapt_pruner.model.layers")
 PRUNING = ("adapt_pruner.api", "adapt_pruner.data.calibration", *_MODEL)
 TEXT = ("adapt_pruner.evaluation.perplexity", *_MODEL)
-TASKS = ("adapt_pruner.evaluation.harness", *_MODEL)
+TASKS = ("adapt_pruner.evaluation.lm_eval_model", *_MODEL)
 """Modules that compute figures, by the kind of figure."""
 
 _NO_FIGURES = {
