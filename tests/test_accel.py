@@ -29,6 +29,7 @@ from adapt_pruner.errors import (
     NonFiniteError,
     WritingError,
 )
+from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery import finish as finishing
 from adapt_pruner.recovery import lora, materials, run, state, training
 from adapt_pruner.recovery.accel import accel, run_accel
@@ -38,7 +39,6 @@ from adapt_pruner.recovery.run import Run
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.run import evaluation_texts, measure
-from adapt_pruner.settings import make_settings
 from picomodels import VOCAB_SIZE, build
 
 TRAINING = {

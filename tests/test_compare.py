@@ -18,7 +18,8 @@ from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, pa
 from adapt_pruner.errors import InvalidSettings, NonFiniteError
 from adapt_pruner.evaluation import Evaluation, Score
 from adapt_pruner.evaluation import store as stored
-from adapt_pruner.settings import EvaluationSettings, make_settings
+from adapt_pruner.methods import make_settings
+from adapt_pruner.settings import EvaluationSettings
 
 PERPLEXITY = Metric("text.txt", "token_perplexity", False)
 ACCURACY = Metric("PIQA", "acc_norm", True)

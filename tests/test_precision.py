@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from adapt_pruner import CalibrationData, find_anatomy, precision
 from adapt_pruner.compensate import refit
-from adapt_pruner.score import collect, gram, importance
+from adapt_pruner.score import collect, gram, importance, observers
 from picomodels import build, random_tokens
 
 perplexity: Any = import_module("adapt_pruner.evaluation.perplexity")
@@ -50,7 +50,7 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def no_float64(monkeypatch) -> NoFloat64:
     mode = NoFloat64()
-    for module in (precision, collect, gram, importance, refit, perplexity):
+    for module in (precision, collect, gram, importance, observers, refit, perplexity):
         if hasattr(module, "in_float64"):
             monkeypatch.setattr(module, "in_float64", mode.in_float64)
     return mode
@@ -62,15 +62,14 @@ def test_scores_and_refit(name, ridge, no_float64):
     model = build("llama", torch.float32)
     windows = CalibrationData(random_tokens(10, 20), window_length=12, num_windows=4).draw()
     chosen, anatomy = importance.IMPORTANCES[name], find_anatomy(model)
-    wants = chosen.wants | collect.Wants.GRAM
-    how = collect.Pass(ridge=ridge)
-    with no_float64, collect.collect(model, anatomy, windows, wants, how) as statistics:
-        for group in anatomy.groups:
-            score_U = chosen.score(group, statistics, 0)
-            refit.refit_output(
-                group, score_U > score_U.median(), statistics.inverse_gram(group.key)
-            )
-            assert score_U.dtype == torch.float32
+    kinds = [kind for kind in chosen.needs if kind is not observers.Gram]
+    watching = [observers.LayerDistance(), observers.Gram(ridge), *(kind() for kind in kinds)]
+    axes = anatomy.of_kinds({"kv-groups", "neurons"})
+    with no_float64, collect.collect(model, anatomy, windows, watching) as statistics:
+        scores = {axis.key: chosen.score(axis, statistics, 0) for axis in axes}
+        keep = {key: score_U > score_U.median() for key, score_U in scores.items()}
+        refit.refit_outputs(axes, keep, statistics[observers.Gram])
+    assert {score_U.dtype for score_U in scores.values()} == {torch.float32}
 
 
 def test_perplexity(no_float64):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Interrupted, InvalidSettings
-from ..settings import PruneSettings, make_settings
+from ..methods import make_settings
+from ..settings import PruneSettings
 from .account import account_of, reason_to_stop
 from .finish import write_result
 from .launch import make_accelerator, start_trackers
@@ -35,7 +36,7 @@ def accel(
     tokens: int,
     sparsity: float | None = None,
     params: int | None = None,
-    preset: str = "best",
+    preset: str | None = None,
     settings: PruneSettings | None = None,
     recovery: RecoverySettings | None = None,
     listener: AccelListener | None = None,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 
-import torch
-
 from ..model.anatomy import find_anatomy
 from ..result import PruningResult, Size, StepRecord
 from ..run import protocol
-from .run import Run, name_of
+from .run import Run
 
 
 def reason_to_stop(run: Run) -> str:
@@ -46,11 +44,12 @@ def account_of(run: Run, measured: dict[str, float]) -> PruningResult:
         tokenizer=run.materials.tokenizer,
         settings=run.request.settings,
         target=run.materials.target,
-        before=Size(first["total"], first["decoder_layers"]),
+        before=Size(**first["size"]),
         after=Size.of(anatomy),
         widths_before=first["widths"],
-        widths_after=anatomy.widths,
-        kept={g.key: torch.tensor(progress.kept[name_of(g.key)]) for g in anatomy.groups},
+        widths_after=run.history.aligned(anatomy.widths),
+        layers=run.history.layers,
+        edits=run.history.edits,
         steps=[StepRecord(**record) for record in progress.pruning_steps],
         seconds=progress.seconds,
         measurements={

@@ -6,24 +6,28 @@ import gc
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..api import previous_record, prune
+from ..api import Listener, previous_record, prune
 from ..data.sampling import updated_weights
 from ..errors import NonFiniteError
-from ..model.anatomy import find_anatomy
+from ..model.anatomy import Anatomy, find_anatomy
+from ..model.edits import Edit
+from ..model.history import History
 from ..processes import decided_by_first
+from ..result import Size
 from ..run import measure, store_as
 from ..settings import PruneSettings
 from .finish import draw_progress
 from .launch import processes_of
 from .lora import add_lora, merge_lora
 from .materials import Materials, reference_losses
-from .moments import Moments, moment_cutter
+from .moments import Moments
 from .randomness import gather_random_states, restore_random_states, seed_process
 from .request import AccelListener, AccelRequest
 from .schedule import Phase, learning_rates, tokens_per_step
@@ -79,26 +83,27 @@ class Run:
             self._load(found[1])
         else:
             self.model = materials.source()
+            self.history = History(find_anatomy(self.model))
             self.progress = self._first_progress()
             materials.model = None
 
     def _first_progress(self) -> Progress:
         anatomy = find_anatomy(self.model)
         first = {
-            "total": anatomy.total_parameters,
-            "decoder_layers": anatomy.layer_parameters,
+            "size": asdict(Size.of(anatomy)),
             "widths": anatomy.widths,
             "measurements": self._measure() or {},
             "previous": previous_record(self.model),
         }
         references = reference_losses(self.materials) if self.dynamic else {}
         return Progress(
-            kept={name_of(group.key): list(range(group.num_units)) for group in anatomy.groups},
+            history=self.history.state_dict(),
             first=first,
             reference_losses=decided_by_first(references, self.processes),
         )
 
     def _load(self, checkpoint: Path) -> None:
+        self.history = History.from_state(self.progress.history)
         device, empty = self.accelerator.device, self.materials.empty
         self.model = rebuild_model(checkpoint, empty, self.materials.dtype, device)
         inside_phase = self.progress.step < self.phases[self.progress.phase - 1].end_step
@@ -133,7 +138,6 @@ class Run:
         request, progress, calibration = self.request, self.progress, self.materials.calibration
         seed = self.materials.seed * 1_000_003 + phase.number
         torch.manual_seed(seed)
-        cut_moments = moment_cutter(self.model, find_anatomy(self.model))
         with set_aside(self.materials.teacher):
             result = prune(
                 self.model,
@@ -141,13 +145,10 @@ class Run:
                 params=min(phase.parameters, find_anatomy(self.model).total_parameters),
                 calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
                 settings=_settings_of_phase(request.settings, len(self.phases)),
-                listener=self.listener.pruning,
+                listener=Following(self.listener.pruning, self._follow),
                 group=self.processes,
             )
-        cut_moments(self.moments, result.kept)
-        for key, kept in result.kept.items():
-            before = progress.kept[name_of(key)]
-            progress.kept[name_of(key)] = [before[i] for i in kept.tolist()]
+        progress.history = self.history.state_dict()
         done = len(progress.pruning_steps)
         for record in result.steps:
             progress.pruning_steps.append({**asdict(record), "step": done + record.step})
@@ -156,6 +157,10 @@ class Run:
             self.model = add_lora(self.model, self.recovery)
         seed_process(seed, self.processes)
         self.clock.lap("prune")
+
+    def _follow(self, edit: Edit, before: Anatomy) -> None:
+        edit.follow(self.model, self.moments)
+        self.history.add(edit, before)
 
     def train(self, phase: Phase) -> None:
         """Take the optimizer steps of the phase that are left, until the time is over.
@@ -298,13 +303,20 @@ class Run:
         return decided_by_first(over, self.processes)
 
 
+class Following(Listener):
+    """Hears of a cut for a display, and takes along what depends on the model's structure."""
+
+    def __init__(self, display: Listener, follow: Callable[[Edit, Anatomy], None]):
+        self.on_start, self.on_progress = display.on_start, display.on_progress
+        self.on_step, self.follow = display.on_step, follow
+
+    def on_edit(self, edit: Edit, before: Anatomy) -> None:
+        self.follow(edit, before)
+
+
 def _settings_of_phase(settings: PruneSettings, num_phases: int) -> PruneSettings:
     """`steps` are those of the whole run; the adaptive rule counts them itself."""
-    if settings.allocation == "adaptive":
+    if getattr(settings, "allocation", "adaptive") == "adaptive":
         return settings
-    return settings.model_copy(update={"steps": math.ceil(settings.steps / num_phases)})
-
-
-def name_of(key: tuple[int, str]) -> str:
-    """A group as JSON can hold it: "0/mlp"."""
-    return f"{key[0]}/{key[1]}"
+    steps = math.ceil(getattr(settings, "steps") / num_phases)  # noqa: B009
+    return settings.model_copy(update={"steps": steps})
