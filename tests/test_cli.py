@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapt_pruner import __version__, find_anatomy, perplexity
+from adapt_pruner.cli import console
 from adapt_pruner.data.calibration import read_documents
 from adapt_pruner.model.loading import load_model, load_tokenizer
 from adapt_pruner.settings import PRESETS, PruneSettings
@@ -57,6 +59,16 @@ def size_of(directory: Path) -> int:
 def same_weights(one: Path, other: Path) -> bool:
     first, second = (load_file(path / "model.safetensors") for path in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(("said", "then"), [(None, "true"), ("false", "false")])
+def test_tokenising_takes_all_threads_unless_told_otherwise(said, then, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", said or "")
+    if said is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    with warnings.catch_warnings():
+        console.hush_libraries()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == then
 
 
 @pytest.fixture

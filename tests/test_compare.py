@@ -19,7 +19,9 @@ from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex,
 from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, parse_sweep
 from adapt_pruner.errors import InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.evaluation import Evaluation, Score
-from adapt_pruner.settings import EvaluationSettings, make_settings
+from adapt_pruner.evaluation import store as stored
+from adapt_pruner.methods import make_settings
+from adapt_pruner.settings import EvaluationSettings
 
 PERPLEXITY = Metric("text.txt", "token_perplexity", False)
 ACCURACY = Metric("PIQA", "acc_norm", True)
@@ -227,6 +229,30 @@ class TestRuns:
         assert len(pruned) == 4
         assert values(again) == values(first)
         assert all(result.was_cached for result in again.results)
+
+    def test_other_code_computes_anew(self, request_of, store, pruned, monkeypatch):
+        request = request_of(seeds=[0])
+        first = grid.compare(request, store)
+        of_modules = grid.code.of_modules
+        changed = [grid.code.TEXT]
+        monkeypatch.setattr(
+            grid.code, "of_modules", lambda r: "x" if r in changed else of_modules(r)
+        )
+        measured = grid.compare(request, store)
+        assert not any(result.was_cached for result in measured.results)
+        assert values(measured) == values(first)
+        count = len(pruned)
+        changed.append(grid.code.PRUNING)
+        grid.compare(request, store)
+        assert len(pruned) == count + 2
+
+    def test_figures_of_several_commits_are_told(self, request_of, store, monkeypatch):
+        monkeypatch.setattr(stored, "git_hash", lambda: "0123456789")
+        first = grid.compare(request_of(seeds=[0]), store)
+        assert "commits" not in " ".join(Tables(first).notes())
+        monkeypatch.setattr(stored, "git_hash", lambda: "abcdefabcd-dirty")
+        notes = " ".join(Tables(grid.compare(request_of(), store)).notes())
+        assert "at 2 commits (0123456, abcdefa-dirty)" in notes
 
     def test_same_figure_as_evaluate_gives(self, request_of, store, tmp_path):
         from adapt_pruner.evaluation import evaluate

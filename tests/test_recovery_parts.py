@@ -11,17 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_pruner import find_anatomy, prune
+from adapt_pruner import prune
+from adapt_pruner.api import Listener
 from adapt_pruner.errors import InvalidSettings, NonFiniteError
 from adapt_pruner.model.architectures import ARCHITECTURES
 from adapt_pruner.recovery import objective
-from adapt_pruner.recovery.moments import (
-    flatten,
-    moment_cutter,
-    read_moments,
-    unflatten,
-    write_moments,
-)
+from adapt_pruner.recovery.moments import flatten, read_moments, unflatten, write_moments
 from adapt_pruner.recovery.objective import (
     Teaching,
     forward_kl,
@@ -29,6 +24,7 @@ from adapt_pruner.recovery.objective import (
     store_teaching,
     targets_of,
 )
+from adapt_pruner.recovery.run import Following
 from adapt_pruner.recovery.schedule import count_phases, learning_rates, make_phases
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.recovery.sharding import with_weights, without_weights
@@ -137,12 +133,11 @@ def test_moments_are_cut_as_the_weights_are(model_type, calibration):
         name: {"exp_avg": p.detach().clone(), "exp_avg_sq": -p.detach(), "step": torch.tensor(3.0)}
         for name, p in model.named_parameters()
     }
-    cut = moment_cutter(model, find_anatomy(model))
-    result = prune(
+    listener = Following(Listener(), lambda edit, before: edit.follow(model, moments))
+    prune(
         model, sparsity=0.4, calibration=calibration, importance="random", compensation="none",
-        steps=2,
+        steps=2, listener=listener,
     )  # fmt: skip
-    cut(moments, result.kept)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(moments[name]["exp_avg"], parameter.detach(), rtol=0, atol=0)
         torch.testing.assert_close(moments[name]["exp_avg_sq"], -parameter.detach())

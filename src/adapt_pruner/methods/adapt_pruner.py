@@ -134,7 +134,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                 }
                 removal = Removal(anatomy, build_chains(anatomy, scores, limits))
                 done = schedule(removal, target, statistics)
-                keep = work.decide(removal.keep_masks(scores))
+                keep, done = work.decide((removal.keep_masks(scores), done))
                 if settings.compensation == "refit":
                     refit_outputs(axes, keep, statistics[Gram])
                 anatomy = work.apply(Cut(keep))
