@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from adapt_pruner import prune
 from adapt_pruner.compensate.scales import Tuning, dense_states, tune_scales
+from adapt_pruner.data import CalibrationData
+from adapt_pruner.errors import InvalidSettings
 from adapt_pruner.model.anatomy import find_anatomy
 from picomodels import build, random_tokens
 
@@ -54,3 +57,22 @@ def test_a_model_that_is_whole_stays_as_it_is():
     assert max(found) == pytest.approx(0, abs=1e-6)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0.05, atol=0.05)
+
+
+def test_pruning_with_tuning_predicts_more_like_the_dense_model():
+    found = {}
+    for steps in (0, 30):
+        model = build("llama").eval()
+        with torch.no_grad():
+            dense_BTV = model(input_ids=HELD_OUT).logits
+        calibration = CalibrationData(list(random_tokens(64, 40)), 12, 16)
+        prune(model, sparsity=0.4, calibration=calibration, steps=2, tuning_steps=steps)
+        found[steps] = divergence(model, dense_BTV)
+    assert found[30] < found[0]
+
+
+def test_tuning_is_refused_where_the_dense_head_cannot_serve():
+    model = build("gemma2", final_logit_softcapping=2.0)
+    calibration = CalibrationData(list(random_tokens(8, 40)), 12, 4)
+    with pytest.raises(InvalidSettings, match="tuning_steps"):
+        prune(model, sparsity=0.4, calibration=calibration, tuning_steps=3)
