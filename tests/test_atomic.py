@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from adapt_pruner import PruningResult, checkpoint, prune
 from adapt_pruner.errors import WritingError
 from adapt_pruner.files import atomic_directory, check_output
+from adapt_pruner.methods import make_settings
 from adapt_pruner.model import loading
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
-from adapt_pruner.settings import make_settings
 from picomodels import build, logits_of, random_tokens
 
 
