@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapt_pruner import __version__, find_anatomy, perplexity
 from adapt_pruner.data.calibration import read_documents
+from adapt_pruner.methods.adapt_pruner import PRESETS, AdaptPrunerSettings
 from adapt_pruner.model.loading import load_model, load_tokenizer
-from adapt_pruner.settings import PRESETS, PruneSettings
 from conftest import STORIES260K
 from picomodels import INTERMEDIATE_SIZE, build, logits_of, random_tokens
 
@@ -97,7 +97,7 @@ class TestProgram:
         done = cli("prune", "--help")
         assert (done.status, done.err) == (0, "")
         text = " ".join(done.out.split())
-        for name, field in PruneSettings.model_fields.items():
+        for name, field in AdaptPrunerSettings.model_fields.items():
             assert f"--{name.replace('_', '-')}" in text
             assert field.description
             assert field.description.split()[0] in text
@@ -148,11 +148,11 @@ class TestSize:
             assert torch.equal(tensor, before[name]) == whole, name
 
     def test_mlp_alone(self, prune):
-        layers = read(prune("--prune", "mlp") / "config.json")["per_layer_config"].values()
+        layers = read(prune("--cut", "neurons") / "config.json")["per_layer_config"].values()
         assert {name for layer in layers for name in layer} == {"intermediate_size"}
 
     def test_uniform_layout(self, prune):
-        directory = prune("--layout", "uniform", "--prune", "mlp")
+        directory = prune("--layout", "uniform", "--cut", "neurons")
         config = read(directory / "config.json")
         assert "per_layer_config" not in config
         assert config["intermediate_size"] < INTERMEDIATE_SIZE
