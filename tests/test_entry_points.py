@@ -16,7 +16,6 @@ MODULE = """
 from dataclasses import replace
 
 from adapt_pruner.methods.adapt_pruner import METHOD, AdaptPrunerSettings
-from adapt_pruner.model.architectures import ARCHITECTURES
 from adapt_pruner.score.importance import Importance
 
 
@@ -34,7 +33,7 @@ foreign-method = foreign:METHOD
 [adapt_pruner.importances]
 foreign-importance = foreign:LAST
 [adapt_pruner.architectures]
-foreign-architecture = foreign:ROW
+foreign-architecture = foreign_rows:ROW
 """
 
 
@@ -45,6 +44,7 @@ def run(tmp_path):
     info = site / "foreign-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "foreign.py").write_text(MODULE)
+    (site / "foreign_rows.py").write_text(ARCHITECTURE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRIES)
     paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
