@@ -117,9 +117,15 @@ def test_a_history_leads_from_the_dense_model_to_the_present_one(model_type, see
     found = dict(dense.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
-        assert torch.equal(found[name], parameter), name
+        if model_type == "gemma2":  # embeddings and last norm are rescaled with the hidden size
+            torch.testing.assert_close(found[name], parameter, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(found[name], parameter), name
     assert len(history.layers) == len(find_anatomy(model).layers)
-    assert torch.equal(logits_of(dense, random_tokens()), logits_of(model, random_tokens()))
+    close = 1e-4 if model_type == "gemma2" else 0
+    torch.testing.assert_close(
+        logits_of(dense, random_tokens()), logits_of(model, random_tokens()), rtol=close, atol=close
+    )
 
 
 # --- moments ------------------------------------------------------------------------------------

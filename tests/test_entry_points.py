@@ -26,6 +26,11 @@ class Settings(AdaptPrunerSettings):
 METHOD = replace(METHOD, settings=Settings, presets={}, summary="A method from elsewhere.")
 LAST = Importance(lambda axis, statistics, seed=0: -1.0 * __import__("torch").arange(
     axis.num_units).float())
+"""
+# In a module of its own: architectures are read while the package itself is being imported.
+ARCHITECTURE = """
+from adapt_pruner.model.architectures import ARCHITECTURES
+
 ROW = ARCHITECTURES.own["llama"]
 """
 ENTRIES = """[adapt_pruner.methods]
