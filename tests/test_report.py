@@ -170,9 +170,22 @@ class TestFacts:
 
     def test_record_of_an_earlier_version(self, run):
         record = json.loads((run / "run.json").read_text())
-        for key in ("unit_parameters", "protocol", "base_model"):
-            del record[key]
+        for key in ("protocol", "base_model", "layers_left"):
+            record.pop(key, None)
+        for size in (record["before"], record["after"]):
+            del size["layers"], size["parts"]
         (run / "run.json").write_text(json.dumps(record))
+        groups = read_run(run).kept_groups
+        pruning = json.loads((run / "pruning.json").read_text())
+        (cut,) = pruning.pop("edits")
+        kinds = {"kv-groups": "attention", "neurons": "mlp"}
+        layers = {}
+        for name, entry in cut["axes"].items():
+            layer, kind = name.split("/")
+            if kind in kinds:
+                layers.setdefault(layer, {})[kinds[kind]] = entry
+        (run / "pruning.json").write_text(json.dumps({**pruning, "format": 1, "layers": layers}))
+        assert read_run(run).kept_groups == groups
         page = Page(render([read_run(run)]))
         assert page.charts == 4  # without the parameters by part
 

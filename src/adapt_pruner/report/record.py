@@ -100,9 +100,17 @@ class _Pruned(BaseModel):
     kept: list[int]
 
 
+class _Pruning(BaseModel):
+    """Of a pruning.json, what is read of it, in either format."""
+
+    format: int = 1
+    layers: dict[int, dict[str, Any]] = {}
+    edits: list[dict[str, Any]] = []
+
+
 def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
     """Layer -> how many KV groups it had, and which of them stayed."""
-    record = parse(dict[str, Any], file)
+    record = parse(_Pruning, file).model_dump()
     found = {}
     for edit in edits_of_record(record)[:1]:
         for name, entry in (edit.get("axes") or {}).items():
