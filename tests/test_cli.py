@@ -240,8 +240,8 @@ class TestRecipe:
     def test_model_preset_and_portability_may_stand_in_it(self, cli, llama, text_file, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
-            f"model: {llama}\nsparsity: 0.3\npreset: paper\nportable: true\nsteps: 5\nprune: mlp\n"
-            f"windows: 4\nwindow_length: 12\ncalibration: {text_file}\n"
+            f"model: {llama}\nsparsity: 0.3\npreset: paper\nportable: true\nsteps: 5\n"
+            f"cut: [neurons]\nwindows: 4\nwindow_length: 12\ncalibration: {text_file}\n"
         )
         done = cli("prune", "--recipe", recipe, "-o", tmp_path / "out")
         assert done.status == 0, done.err

@@ -375,7 +375,7 @@ class TestCommand:
             (["--methods", ","], "expected names with commas; got ','"),
             (["--sparsities", "a"], "expected numbers such as 0.2,0.4; got 'a'"),
             (["--sparsities", "20"], "sparsity"),
-            (["--sparsities", "0.2,0.99"], "smallest"),
+            (["--sparsities", "0.2,0.99"], "below what is possible"),
             (["--seeds", "0"], "--seeds"),
             (["--vary", "amplitude=x", "--methods", "paper"], "Method 'paper': amplitude:"),
             (["--variants", "absent.yaml"], "Variants 'absent.yaml' cannot be read"),
