@@ -24,7 +24,6 @@ from adapt_pruner.recovery.objective import (
     store_teaching,
     targets_of,
 )
-from adapt_pruner.recovery.run import Following
 from adapt_pruner.recovery.schedule import count_phases, learning_rates, make_phases
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.recovery.sharding import with_weights, without_weights
@@ -133,11 +132,18 @@ def test_moments_are_cut_as_the_weights_are(model_type, calibration):
         name: {"exp_avg": p.detach().clone(), "exp_avg_sq": -p.detach(), "step": torch.tensor(3.0)}
         for name, p in model.named_parameters()
     }
-    listener = Following(Listener(), lambda edit, before: edit.follow(model, moments))
+    followed = []
+
+    class Follower(Listener):
+        def on_edit(self, edit, before):
+            followed.append(edit.follow(model, moments))
+
     prune(
         model, sparsity=0.4, calibration=calibration, importance="random", compensation="none",
-        steps=2, listener=listener,
+        steps=2, listener=Follower(),
     )  # fmt: skip
+    assert followed == [True, True]
+    assert moments.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(moments[name]["exp_avg"], parameter.detach(), rtol=0, atol=0)
         torch.testing.assert_close(moments[name]["exp_avg_sq"], -parameter.detach())
