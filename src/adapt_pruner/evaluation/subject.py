@@ -27,7 +27,7 @@ class Subject:
         self._model: Any = None
         if isinstance(model, (str, os.PathLike)):
             self.name = os.fspath(model)
-            self.config = load_config(self.name, trust_remote_code)
+            self.config = load_config(self.name, trust_remote_code, prunable=False)
         else:
             self._model, self.config = model, model.config
             self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..claims import claimed
 from ..errors import Interrupted, InvalidSettings
 from ..methods import make_settings
 from ..settings import PruneSettings
@@ -98,18 +99,21 @@ def run_accel(
         AdaptPrunerError: one of its kinds; what is on disk stays, and can be resumed.
     """
     check_together(request)
-    place, listener = RunDirectory(Path(output).expanduser()), listener or AccelListener()
-    began = time.perf_counter()
+    place = RunDirectory(Path(output), request.recipe(), request.overwrite)
+    listener, began = listener or AccelListener(), time.perf_counter()
     with ExitStack() as stack:
         accelerator = make_accelerator(request, place.directory, stack)
-        place.check(request.recipe(), request.overwrite)
-        if place.is_finished and not request.overwrite:
-            place.discard_leftovers()
+        place.check(request.sources())
+        is_finished, resumes = place.is_finished, bool(place.checkpoints())
+        accelerator.wait_for_everyone()  # all have looked before the first one changes something
+        if is_finished:
+            if accelerator.is_main_process:
+                with claimed(place.final):
+                    place.settle()
             return AccelOutcome(None, f"'{output}' holds this run already, finished.")
-        resumes = bool(place.checkpoints()) and not request.overwrite
         materials = gather(request, accelerator, listener, with_model=not resumes)
         if accelerator.is_main_process:
-            place.begin(request.recipe(), request.overwrite, stack)
+            place.begin(stack)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, request, stack)
         if request.recovery.alpha:
@@ -118,10 +122,7 @@ def run_accel(
         try:
             return _go_on(run)
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"Interrupted at step {run.progress.step}. Run the same command again to go on "
-                f"from the last checkpoint in '{output}'."
-            ) from None
+            raise Interrupted(f"Interrupted at step {run.progress.step}. {place.kept()}.") from None
 
 
 def _go_on(run: Run) -> AccelOutcome:

@@ -238,10 +238,10 @@ class Run:
             guard.check(found.loss)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{error} at step {progress.step + 1} (phase {phase.number}). Nothing was written "
-                f"since the last checkpoint in '{self.place.directory}'. Lower --learning-rate "
-                f"({self.recovery.learning_rate:g}) or clean the data, and start again with "
-                "--overwrite. If the spike was harmless, resume with a higher --max-loss-spike."
+                f"{error} at step {progress.step + 1} (phase {phase.number}). {self.place.kept()}."
+                f" Lower --learning-rate ({self.recovery.learning_rate:g}) or clean the data, and "
+                "start again with --overwrite. If the spike was harmless, resume with a higher "
+                "--max-loss-spike."
             ) from error
         progress.step += 1
         progress.tokens += self.batch_tokens
