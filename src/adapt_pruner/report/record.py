@@ -22,6 +22,7 @@ from ..limits import (
     Width,
     message_of,
 )
+from ..model.checks import check_sizes
 from ..parsing import parse_json
 from ..result import PRUNING_FILE, Size, StepRecord
 
@@ -183,6 +184,8 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
     groups = parse(_PruningFile, pruning).layers if pruning.is_file() else {}
     phases = directory / "phases.json"
+    config = parse(dict[str, Any], directory / "config.json")
+    check_sizes(str(directory), config)
     record = parse(RunRecord, directory / RUN_FILE)
     if beyond := [layer for layer in groups if layer >= len(record.widths_before)]:
         raise LoadingError(
@@ -194,7 +197,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         name=name or directory.resolve().name,
         record=record,
         recipe=_text(recipe) if recipe.is_file() else "",
-        config=parse(dict[str, Any], directory / "config.json"),
+        config=config,
         kept_groups={
             layer: (kinds["attention"].units, kinds["attention"].kept)
             for layer, kinds in groups.items()
