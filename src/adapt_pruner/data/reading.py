@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, shown
-from ..parsing import ParsingError, parse_json
+from ..parsing import ParsingError, depth_after, parse_json
 from . import pydocs
 
 EMBEDDED = "pydocs"
@@ -153,6 +153,35 @@ def local_rows(file: Path) -> Iterator[Row]:
         raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from error
 
 
+def check_depth_of(files: Iterable[Path]) -> None:
+    """Look through JSON files before a parser that recurses reads them.
+
+    Raises:
+        DataError: naming the line that is too long or too deep.
+    """
+    for file in files:
+        depth = 0
+        for number, line in _lines(file) if READERS[file.suffix] == "json" else ():
+            try:
+                depth = depth_after(line, depth)
+            except ParsingError as error:
+                raise DataError(f"'{file}' line {number} is {error}. Leave it out.") from error
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, none of which fills the memory."""
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"'{file}' line {number} has more than {LONGEST_LINE >> 20} MB. Cut its text "
+                    "into documents."
+                )
+            yield number, line
+
+
 def _rows_of(files: list[Path], seed: int) -> Iterator[Row]:
     random.Random(seed).shuffle(files)
     for file in files:
@@ -205,17 +234,10 @@ def _undecodable_line(file: Path) -> int:
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open("rb") as stream:
-        number = 0
-        while line := stream.readline(LONGEST_LINE + 1):
-            number += 1
-            place = f"'{file}' line {number}"
-            if len(line) > LONGEST_LINE:
-                raise DataError(
-                    f"{place} has more than {LONGEST_LINE >> 20} MB. Cut its text into documents."
-                )
-            if line.strip():
-                yield _row(_parsed(line, place, "the line"), place)
+    for number, line in _lines(file):
+        place = f"'{file}' line {number}"
+        if line.strip():
+            yield _row(_parsed(line, place, "the line"), place)
 
 
 def _parsed(content: bytes, place: str, what: str) -> Any:

@@ -120,6 +120,11 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
                 f"tokenising {name}: {done / max(needed, 1):.0%}"
             ),
         )
+    if recovery.loss_on == "answers" and all(d.account.format == "text" for d in data.domains):
+        raise InvalidSettings(
+            "loss_on: the data are plain text, without answers to take the loss on. Take data of "
+            "instructions or chats, or loss_on all."
+        )
     listener.on_data(data.describe())
     return Materials(
         accelerator, tokenizer, model, stored_dtype(empty), target, phases, data, calibration,
