@@ -1,6 +1,6 @@
 """Count how wrong calls end, and what kills leave: the figures of docs/reliability.md.
 
-    python benchmarks/reliability.py runs/reliability --kills 100
+    PYTHONPATH=tests python benchmarks/reliability.py runs/reliability --kills 100
 
 Takes the generators of the tests (`tests/wrong_values.py`, `tests/kill_points.py`) in full, in one
 process after the other, on the CPU. Writes results.json and prints the two tables.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,11 +17,6 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
 
 import torch
 
@@ -33,6 +27,8 @@ from conftest import WORDS, character_tokenizer
 from kill_points import COMMANDS
 from picomodels import build
 from wrong_values import Call, judge, wrong_files, wrong_settings
+
+TESTS = Path(__file__).parents[1] / "tests"
 
 
 def main() -> None:
