@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from adapt_pruner.methods import make_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
-from adapt_pruner.settings import make_settings
 from conftest import WORDS, character_tokenizer
 from kill_points import COMMANDS
 from picomodels import build

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from adapt_pruner.methods import make_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
-from adapt_pruner.settings import make_settings
 from wrong_values import Call, arms, is_number, judge, settings_models, wrong_files, wrong_settings
 
 SECONDS_PER_CALL = 10.0

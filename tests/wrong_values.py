@@ -25,6 +25,7 @@ from adapt_pruner.data.reading import read_rows
 from adapt_pruner.errors import AdaptPrunerError
 from adapt_pruner.inspection import inspect_model
 from adapt_pruner.model.loading import empty_model
+from adapt_pruner.settings import PruneSettings
 
 DEEP = 100_000
 NO_NUMBERS = {
@@ -98,6 +99,7 @@ def wrong_settings() -> Iterator[Call]:
     for model in settings_models():
         base = {"path": "pydocs"} if model is Source else {}
         base = {"sources": ["pydocs"]} if model is Mixture else base
+        base = {"method": "adapt-pruner"} if issubclass(model, PruneSettings) else base
         for field, schema in model.model_json_schema()["properties"].items():
             parts = arms(schema)
             values = dict(WRONG)
@@ -125,7 +127,7 @@ def build(model: type[BaseModel], values: dict[str, Any]) -> Any:
         return make_recovery_settings(**values)
     if model in (Mixture, Source):
         return read_mixture({"sources": [values]} if model is Source else values)
-    return plain._make(model, values)
+    return plain.checked(model, values)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

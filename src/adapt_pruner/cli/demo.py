@@ -24,13 +24,13 @@ def command(output: Path, sparsity: float, seed: int) -> None:
     """Prune the small model that ships with the package. Needs no hub and no GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..allocate.chains import resolve_target
+    from ..allocate.target import resolve_target
     from ..evaluation import compare_speed
+    from ..methods import make_settings
     from ..model.anatomy import find_anatomy
     from ..model.loading import EMBEDDED_MODEL, empty_model, load_model
     from ..result import PRUNING_FILE
     from ..run import Request, default_calibration, run_pruning
-    from ..settings import make_settings
     from . import console
 
     console.hush_libraries()

@@ -37,6 +37,7 @@ class Program(click.Group):
         "evaluate": "evaluate",
         "bench": "bench",
         "inspect": "inspect",
+        "methods": "methods",
         "compare": "compare",
         "report": "report",
         "demo": "demo",
@@ -133,7 +134,8 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
     """What to say of an error, and the exit status."""
     if isinstance(error, click.NoSuchOption):
         hint = near_match(error.option_name, error.possibilities or [])
-        return f"There is no option '{error.option_name}'.{hint} --help lists them.", 2
+        owner = _owner(error.option_name)
+        return f"There is no option '{error.option_name}'.{owner}{hint} --help lists them.", 2
     if isinstance(error, click.ClickException):
         message = error.format_message()
         for argument in arguments:  # click shows values in full
@@ -152,6 +154,14 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
 
 def _is_out_of_memory(text: str) -> bool:
     return "out of memory" in text.lower() or "can't allocate memory" in text
+
+
+def _owner(option: str) -> str:
+    """Whose setting it is, if another method has one of that name."""
+    from ..methods import owners_of
+
+    owners = owners_of(option.lstrip("-").replace("-", "_"))
+    return f" It is a setting of {', '.join(owners)}: add --method." if owners else ""
 
 
 def _fail(message: str, status: int) -> NoReturn:

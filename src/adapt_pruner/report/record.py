@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Ge, Le, Lt, MaxLen
+from annotated_types import Ge, Le, MaxLen
 from pydantic import AllowInfNan, BaseModel, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict
 
+from ..api import edits_of_record
 from ..errors import LoadingError, shortened, shown
 from ..files import MAX_JSON_BYTES, read_bytes, read_json
 from ..limits import (
@@ -22,6 +22,7 @@ from ..limits import (
     Width,
     message_of,
 )
+from ..model.axes import KV_GROUPS
 from ..model.checks import check_sizes
 from ..parsing import parse_json
 from ..result import PRUNING_FILE, Size, StepRecord
@@ -71,7 +72,8 @@ class RunRecord(BaseModel):
     settings: dict[str, Any]
     widths_before: Widths
     widths_after: Widths
-    unit_parameters: Widths = []
+    layers_left: Annotated[list[Count], MaxLen(MOST_LAYERS)] | None = None
+    """Original numbers of the decoder layers that are left; None: all of them."""
     steps: Annotated[list[StepRecord], MaxLen(100_000)] = []
     seconds: Annotated[Figure, Ge(0)]
     measurements: dict[str, Pair] = {}
@@ -81,31 +83,46 @@ class RunRecord(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunRecord:
-        for what, size in (("before", self.before), ("after", self.after)):
-            if not 0 < size.decoder_layers <= size.total:
-                raise ValueError(f"{what}: sizes must be positive, and that of the layers a part")
         count = len(self.widths_before)
-        if not count or len(self.widths_after) != count:
+        left = range(count) if self.layers_left is None else self.layers_left
+        if not count or len(self.widths_after) != len(left) or any(i >= count for i in left):
             raise ValueError("widths_before and widths_after must have an entry for each layer")
-        if self.unit_parameters and len(self.unit_parameters) != count:
-            raise ValueError("unit_parameters must have an entry for each layer")
-        for old, new, cost in zip_longest(
-            self.widths_before, self.widths_after, self.unit_parameters, fillvalue={}
-        ):
-            if old.keys() != new.keys() or not cost.keys() <= old.keys():
+        if list(left) != sorted(set(left)):
+            raise ValueError("layers_left must ascend")
+        for i, new in zip(left, self.widths_after, strict=True):
+            if not new.keys() <= self.widths_before[i].keys():
                 raise ValueError("a layer must have the same widths before and after")
+        for size, layers in ((self.before, count), (self.after, len(left))):
+            _check_size(size, layers)
         for step in self.steps:
             figures = [step.loss, *step.layer_importance, *step.layer_distance]
-            if len(step.layer_importance) not in (0, count) or not all(map(isfinite, figures)):
+            if len(step.layer_importance) > count or not all(map(isfinite, figures)):
                 raise ValueError("a step must have a finite importance for each layer")
             if step.parameters < 1:
                 raise ValueError("a step must leave parameters")
         return self
 
     @property
+    def parameters_cut(self) -> list[int]:
+        """Of each original decoder layer; empty where the record does not say it."""
+        left = range(len(self.before.layers)) if self.layers_left is None else self.layers_left
+        after = dict(zip(left, self.after.layers, strict=False))
+        return [size - after.get(i, 0) for i, size in enumerate(self.before.layers)]
+
+    @property
     def command(self) -> str:
         """The command that made the run."""
         return "adapt-pruner accel" if self.training else "adapt-pruner prune"
+
+
+def _check_size(size: Size, layers: int) -> None:
+    """Raise ValueError for sizes that no model has."""
+    if not 0 <= size.decoder_layers <= size.total or not size.total:
+        raise ValueError("sizes must be positive, and that of the decoder layers a part of all")
+    if len(size.layers) not in (0, layers) or any(one < 0 for one in size.layers):
+        raise ValueError("a size must have a count for each layer")
+    if any(one < 0 for one in size.parts.values()) or sum(size.parts.values()) > size.total:
+        raise ValueError("parts must be positive, and add up to the total at most")
 
 
 class TrainingStep(BaseModel):
@@ -142,8 +159,22 @@ class _Pruned(BaseModel):
         return self
 
 
-class _PruningFile(BaseModel):
-    layers: dict[Annotated[int, Ge(0), Lt(MOST_LAYERS)], dict[str, _Pruned]]
+def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
+    """Layer -> how many KV groups it had, and which of them stayed."""
+    record = parse(dict[str, Any], file)
+    found = {}
+    try:
+        for edit in edits_of_record(record)[:1]:
+            for name, entry in (edit.get("axes") or {}).items():
+                layer, _, kind = name.partition("/")
+                if kind == KV_GROUPS:
+                    axis = _checked(_Pruned, entry, file)
+                    found[int(layer)] = (axis.units, axis.kept)
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        if isinstance(error, LoadingError):
+            raise
+        raise LoadingError(f"'{file}' is not what it should be: its edits are none.") from error
+    return found
 
 
 @dataclass
@@ -182,7 +213,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    groups = parse(_PruningFile, pruning).layers if pruning.is_file() else {}
+    groups = _kept_groups(pruning) if pruning.is_file() else {}
     phases = directory / "phases.json"
     config = parse(dict[str, Any], directory / "config.json")
     check_sizes(str(directory), config)
@@ -198,11 +229,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         record=record,
         recipe=_text(recipe) if recipe.is_file() else "",
         config=config,
-        kept_groups={
-            layer: (kinds["attention"].units, kinds["attention"].kept)
-            for layer, kinds in groups.items()
-            if "attention" in kinds
-        },
+        kept_groups=groups,
         training=_training_log(directory / "training.jsonl"),
         phases=parse(list[Phase], phases) if phases.is_file() else [],
     )
@@ -228,8 +255,12 @@ def _training_log(file: Path) -> list[TrainingStep]:
 
 def parse(kind: type[T], file: Path) -> T:
     """Read a JSON file as `kind`, with an error that names the file and the place in it."""
+    return _checked(kind, read_json(file), file)
+
+
+def _checked(kind: type[T], content: Any, file: Path) -> T:
     try:
-        return TypeAdapter(kind).validate_python(read_json(file))
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         problem = error.errors()[0]
         place = shortened(".".join(map(str, problem["loc"]))) or "its content"
