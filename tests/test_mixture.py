@@ -99,7 +99,7 @@ class TestMixture:
             ({"sources": [{"path": "a.txt", "weight": "much"}]}, "weight: .*number; got 'much'"),
             (
                 {"sources": [{"path": "a.txt", "weight": True}]},
-                "weight: must be a number, not true or false; got True",
+                "weight: must be a number, not .*; got True",
             ),
             ({"sources": [{"path": "a.txt", "weight": float("inf")}]}, "weight: .*got inf"),
             ({"sources": [{"path": "a.txt", "weight": 0}]}, "all weights are 0"),
