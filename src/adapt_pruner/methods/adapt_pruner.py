@@ -19,7 +19,7 @@ from ..compensate.refit import refit_outputs
 from ..compensate.scales import Tuning, dense_states, tune_scales
 from ..data import CalibrationData
 from ..errors import InvalidSettings
-from ..limits import Amplitude, Ridge, Rounds
+from ..limits import Amplitude, Rank, Ridge, Rounds
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, HIDDEN, KV_GROUPS, LAYERS, SUBLAYERS, Axis, Slot
 from ..model.edits import Cut
@@ -79,9 +79,8 @@ class AdaptPrunerSettings(PruneSettings):
         ),
     ] = 0.01
     tuning_steps: Annotated[
-        int,
+        Rank,
         Field(
-            ge=0,
             description="Steps that train scales of rows and columns on the dense model's "
             "predictions when a target is met; they are folded into the weights. 0: none.",
         ),

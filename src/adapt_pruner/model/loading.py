@@ -73,7 +73,7 @@ def load_config(name: str, trust_remote_code: bool = False, prunable: bool = Tru
             read_config(Path(name))
         raw, _ = PreTrainedConfig.get_config_dict(name)
         model_type = raw.get("model_type")
-        if not model_type or not isinstance(model_type, str):
+        if not isinstance(model_type, str) or not 0 < len(model_type) < 100:
             raise LoadingError(f"'{name}' has no config.json with a model_type; is it a model?")
         check_sizes(name, raw)
         if model_type == "mobilellm":
