@@ -155,13 +155,46 @@ def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:
         raise kind(f"{what.capitalize()} '{file}' is not a text file in UTF-8.") from error
 
 
-def check_file(file: Path) -> None:
+def check_file(file: Path, needed_bytes: int = 0) -> None:
     """Raise WritingError now if `file` could not be written later."""
     if file.is_dir():
         raise WritingError(f"'{file}' is a directory; name a file.")
     parent = next(parent for parent in file.expanduser().resolve().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise WritingError(f"'{file}' cannot be written to; name a file elsewhere.")
+    free = shutil.disk_usage(parent).free
+    if needed_bytes > free:
+        raise WritingError(
+            f"'{file}' needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free at "
+            f"'{parent}'. Free some space, or name a file on another disk."
+        )
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Yield a hidden file beside `file` that is flushed to the disk and takes its place when the
+    block succeeds. If the block fails, or the process is killed, what was there is still there.
+
+    Raises:
+        WritingError: for whatever the disk refuses.
+    """
+    place = file.expanduser().resolve()
+    partial = _beside(place, "partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, place)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, AdaptPrunerError) or not isinstance(error, OSError):
+            raise
+        raise WritingError(
+            f"'{file}' could not be written: {refusal(error)}. What was there is unchanged; free "
+            "some space or name another file, and run again."
+        ) from error
 
 
 def _umask() -> int:

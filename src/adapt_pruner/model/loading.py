@@ -61,6 +61,11 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a model is named by a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
 def commit_of(name: str) -> str | None:
     """The commit of a model on the hub whose configuration was just read; None for a directory."""
     if Path(name).is_dir():
