@@ -6,7 +6,8 @@
 
 The wheel xllamacpp carries llama.cpp as one shared library and exports its C functions; its own
 Python interface gives the logits of the last position alone. The large structures of parameters
-are passed as the library makes them; only sizes at their very beginning are set.
+are passed as the library makes them; only sizes at their beginning are set, and unless `exact` is
+false the type of keys and values, which is float16 else, and whether attention is fused.
 """
 
 from __future__ import annotations
@@ -82,15 +83,26 @@ _memory = _declare("llama_get_memory", c_void_p, c_void_p)
 _clear = _declare("llama_memory_clear", None, c_void_p, ctypes.c_bool)
 
 
+def _compute_in_float32(parameters: _Parameters) -> None:
+    """Set three fields, found by what stands around them: "automatic" for fused attention is the
+    last of four -1; the two types follow two empty pointers."""
+    values = list(parameters.rest)
+    fused = next(i for i in range(len(values)) if values[i : i + 4] == [-1] * 4) + 3
+    types = next(i for i in range(len(values)) if values[i : i + 6] == [0, 0, 0, 0, 1, 1]) + 4
+    parameters.rest[fused] = parameters.rest[types] = parameters.rest[types + 1] = 0
+
+
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp, on one thread. Use as a context manager."""
 
-    def __init__(self, file: Path, context: int = 512):
+    def __init__(self, file: Path, context: int = 512, exact: bool = True):
         self.model = _load(str(file).encode(), _model_defaults())
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {file}: {''.join(_said)}")
         parameters = _context_defaults()
         parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = context
+        if exact:
+            _compute_in_float32(parameters)
         self.context = _context(self.model, parameters)
         if not self.context:
             raise RuntimeError(f"llama.cpp makes no context for {file}")

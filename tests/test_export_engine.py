@@ -121,6 +121,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(case, tmp_path):
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
-    """Within 1 % of the standard deviation; llama.cpp keeps keys and values in float16."""
-    assert np.abs(found - expected).max() < 1e-2 * expected.std()
+    """Within 0.3 % of the standard deviation everywhere: llama.cpp looks GELU up in a table."""
+    error = float(np.abs(found - expected).max() / expected.std())
+    assert error < 3e-3
     assert (found.argmax(-1) == expected.argmax(-1)).all()

@@ -24,6 +24,8 @@ class Program(click.Group):
         "evaluate": "evaluate",
         "bench": "bench",
         "inspect": "inspect",
+        "export": "export",
+        "run": "run",
         "compare": "compare",
         "report": "report",
         "demo": "demo",

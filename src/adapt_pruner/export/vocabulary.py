@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from ..errors import UnsupportedModel
-from .pretokenizers import recognise
+from ..model.pretokenizers import recognise
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
     gguf.TokenType.NORMAL,
