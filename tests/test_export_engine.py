@@ -8,33 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from adapt_pruner import export_gguf
+from gguf_models import BARE, UNEQUAL, VOCABULARY, byte_tokenizer
 from picomodels import build
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
 from llama_cpp import LlamaCpp  # noqa: E402
 
-VOCABULARY = 320
 SAMPLE = (
     "Once upon a time, there were 12,345 things: she's gone, they'll see.\n\n"
     "def f(x):\n\treturn x[0] + 1  # naïve café, über Straße\n   Größe 日本語の文章。한국어 "
     "العربية русский 😀👍🏽 e\u0301 \u00a0 end"
 )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a token per byte and a single merge."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<unk>", "<s>", "</s>", *alphabet, "th"]
-    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [("t", "h")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 LLAMA3 = {
@@ -53,14 +39,7 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 FULL = {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}
-LAYERS = {
-    0: {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96},
-    1: {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40},
-    2: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 17},
-}
-UNEQUAL = {"per_layer_config": LAYERS, "allow_global_per_layer_attribute_access": True}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
-BARE = {"attention_bias": False, "mlp_bias": False}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "llama", {**BARE, **UNTIED}),
