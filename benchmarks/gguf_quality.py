@@ -28,7 +28,7 @@ from adapt_pruner.evaluation.fingerprint import versions
 from adapt_pruner.files import write_json_atomically
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from llama_cpp import LlamaCpp  # noqa: E402
+from llama_cpp import LlamaCpp
 
 REFERENCE = "transformers"
 
@@ -130,7 +130,9 @@ def show(cells: list[dict]) -> None:
     for cell in cells:
         change = cell["perplexity"] / reference[cell["model"]] - 1
         size = f"{cell['bytes'] / 1e6:9.2f} MB" if cell["bytes"] else " " * 12
-        print(f"{cell['model']:<16}{cell['type']:<13}{size}{cell['perplexity']:10.4f}  {change:+.3%}")
+        print(
+            f"{cell['model']:<16}{cell['type']:<13}{size}{cell['perplexity']:10.4f}  {change:+.3%}"
+        )
 
 
 def draw(file: Path, cells: list[dict]) -> None:
@@ -147,10 +149,12 @@ def draw(file: Path, cells: list[dict]) -> None:
             for cell in cells
             if cell["model"] == name and cell["bytes"]
         )
-        sizes, values, types = zip(*points, strict=True)
+        sizes, values = [size for size, _, _ in points], [value for _, value, _ in points]
         axis.plot(sizes, values, marker=MARKERS[number], color=COLOURS[number], label=name)
         for size, value, kind in points:
-            axis.annotate(kind, (size, value), textcoords="offset points", xytext=(4, 5), fontsize=7)
+            axis.annotate(
+                kind, (size, value), textcoords="offset points", xytext=(4, 5), fontsize=7
+            )
     axis.set_xscale("log")
     axis.set_yscale("log")
     for side in (axis.xaxis, axis.yaxis):

@@ -26,7 +26,7 @@ _LIBRARY = ctypes.CDLL(str(Path(xllamacpp.__file__).with_name("xllamacpp.abi3.so
 class _Parameters(Structure):
     """At least as long as the structures of llama.cpp, which are read from its start."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_ctx", c_uint32),
         ("n_batch", c_uint32),
         ("n_ubatch", c_uint32),
@@ -35,7 +35,7 @@ class _Parameters(Structure):
 
 
 class _Batch(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_tokens", c_int32),
         ("token", POINTER(c_int32)),
         ("embd", POINTER(c_float)),
@@ -52,12 +52,14 @@ def _declare(name: str, result, *arguments):
     return function
 
 
+_ERROR = 4
 _said: deque[str] = deque(maxlen=6)
 
 
 @ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
 def _listen(level: int, text: bytes, data) -> None:
-    _said.append(text.decode(errors="replace"))
+    if level == _ERROR:
+        _said.append(text.decode(errors="replace"))
 
 
 _declare("llama_log_set", None, c_void_p, c_void_p)(ctypes.cast(_listen, c_void_p), None)
@@ -81,6 +83,21 @@ _decode = _declare("llama_decode", c_int32, c_void_p, _Batch)
 _logits = _declare("llama_get_logits", POINTER(c_float), c_void_p)
 _memory = _declare("llama_get_memory", c_void_p, c_void_p)
 _clear = _declare("llama_memory_clear", None, c_void_p, ctypes.c_bool)
+
+
+_quantise = _declare(
+    "ggml_quantize_chunk", ctypes.c_size_t, c_int32, c_void_p, c_void_p,
+    *[ctypes.c_int64] * 3, c_void_p,
+)  # fmt: skip
+
+
+def quantise_chunk(kind: int, rows: np.ndarray, num_bytes: int) -> bytes:
+    """Rows of float32 as values of a type, by llama.cpp."""
+    out = np.zeros(num_bytes, np.uint8)
+    count, length = rows.shape
+    written = _quantise(kind, rows.ctypes.data, out.ctypes.data, 0, count, length, None)
+    assert written == num_bytes
+    return out.tobytes()
 
 
 def _compute_in_float32(parameters: _Parameters) -> None:

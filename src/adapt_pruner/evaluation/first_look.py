@@ -18,7 +18,11 @@ MARGIN = 64
 
 
 def first_look(
-    model: str, prompt: str, num_tokens: int = 64, chat: bool = False, trust_remote_code: bool = False
+    model: str,
+    prompt: str,
+    num_tokens: int = 64,
+    chat: bool = False,
+    trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt greedily.
 
@@ -54,7 +58,7 @@ def _in_transformers(
     with torch.no_grad():
         answer = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens,
-            do_sample=False, pad_token_id=tokenizer.eos_token_id,
+            do_sample=False, repetition_penalty=1.0, pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
     return tokenizer.decode(answer[0, len(ids) if chat else 0 :], skip_special_tokens=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,25 +104,41 @@ def export_gguf(
             was there is unchanged.
     """
     output = Path(output).expanduser()
-    kind = file_type(quantize)
+    file_type(quantize)
     check_gguf_output(output, overwrite)
     if isinstance(model, PruningResult):
         model, tokenizer = model.model, tokenizer or model.tokenizer
-    card: dict[str, Any] = {}
     if isinstance(model, (str, Path)):
-        weights = open_weights(str(model), trust_remote_code)
-        tokenizer = tokenizer or load_tokenizer(str(model), trust_remote_code)
-        name = name or Path(str(model)).stem if is_gguf(str(model)) else name or Path(model).name
-        card = read_card(Path(resolve_name(str(model))))
+        source = str(model)
+        weights = open_weights(source, trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        place = Path(resolve_name(source))
+        card = {"name": place.stem if is_gguf(source) else place.name, **read_card(place)}
     else:
-        weights = weights_of(model)
+        weights, card = weights_of(model), {"name": output.stem}
     if tokenizer is None:
         raise LoadingError("A GGUF file holds the tokenizer too; pass `tokenizer=`.")
+    card = {**card, "name": name} if name else card
+    return export_weights(weights, tokenizer, output, quantize, card, on_progress, overwrite)
+
+
+def export_weights(
+    weights: Weights,
+    tokenizer: Any,
+    output: Path,
+    quantize: str,
+    card: Mapping[str, Any] | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
+    overwrite: bool = False,
+) -> Export:
+    """Write weights and a tokenizer; `card` has the name, licence, languages and tags. The rest is
+    as in `export_gguf`."""
+    kind = file_type(quantize)
     layout = find_layout(weights, BLOCK if block_size(kind.base) > 1 else 1)
     stored = _choose_types(weights, layout, kind)
     check_gguf_output(output, overwrite, sum(one.num_bytes for one in stored))
     writer = gguf.GGUFWriter(None, layout.architecture.name)
-    add_general(writer, name or output.stem, _num_parameters(weights), card)
+    add_general(writer, _num_parameters(weights), card or {"name": output.stem})
     notes = [*layout.notes, *add_hyperparameters(writer, weights.config, layout)]
     writer.add_file_type(kind.number)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -84,9 +84,11 @@ def find_layout(weights: Weights, multiple: int = 1) -> Layout:
         notes.append(f"{skipped} layers that do nothing are left out.")
     architecture = own
     widths = {(layer.heads, layer.kv_heads, layer.neurons) for layer in layers}
-    if len(widths) > 1 or any(layer.heads == 0 for layer in layers):
-        architecture = _per_layer_architecture(weights, own, layers)
-    elif _has_odd_query_bias(weights, layers, head_dim):
+    if (
+        len(widths) > 1
+        or any(layer.heads == 0 for layer in layers)
+        or _has_odd_query_bias(weights, layers, head_dim)
+    ):
         architecture = _per_layer_architecture(weights, own, layers)
     _check_windows(config, architecture, layers)
     return Layout(config.model_type, architecture, head_dim, tuple(layers), tuple(notes))
@@ -107,8 +109,9 @@ def _layers(weights: Weights, head_dim: int, multiple: int) -> list[Layer]:
         heads, kv_heads = _heads(parts, tensors, head_dim)
         width = tensors.get(f"{parts.mlp_output}.weight", (0, 0))[1]
         if heads or width:
-            neurons = -(-width // multiple) * multiple or ZERO_NEURONS
-            layers.append(Layer(index, heads, kv_heads, neurons, neurons - width))
+            neurons = -(-width // multiple) * multiple
+            added = neurons - width
+            layers.append(Layer(index, heads, kv_heads, neurons or ZERO_NEURONS, added))
     return layers
 
 
@@ -153,9 +156,7 @@ def _has_odd_query_bias(weights: Weights, layers: list[Layer], head_dim: int) ->
     """Whether there are query biases of another length than the hidden size, which llama.cpp's
     own architectures do not read."""
     biased = any(name.endswith("q_proj.bias") for name in weights.shapes)
-    return biased and any(
-        layer.heads * head_dim != weights.config.hidden_size for layer in layers
-    )
+    return biased and any(layer.heads * head_dim != weights.config.hidden_size for layer in layers)
 
 
 def _check_windows(config: Any, architecture: GgufArchitecture, layers: list[Layer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
 
 
-def add_general(writer: gguf.GGUFWriter, name: str, num_parameters: int, card: dict) -> None:
+def add_general(writer: gguf.GGUFWriter, num_parameters: int, card: Mapping[str, Any]) -> None:
     """Write the model's name, size, licence, languages and tags."""
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(str(card["name"]))
     writer.add_size_label(gguf.size_label(num_parameters, 0, 0, 0))
     licence = card.get("license") or card.get("licence")
     if isinstance(licence, str):

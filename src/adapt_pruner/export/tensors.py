@@ -88,15 +88,20 @@ def _finish(
     parts: dict[str, FileTensor], layer: Layer, layout: Layout, hidden_size: int
 ) -> dict[str, FileTensor]:
     """The tensors of one layer as the file's architecture wants them."""
+    if layer.heads == 0:
+        parts = {key: tensor for key, tensor in parts.items() if not key.startswith("attn_")}
     if layout.architecture.interleaved:
         for key, heads in (("attn_q", layer.heads), ("attn_k", layer.kv_heads)):
             for name in (f"{key}.weight", f"{key}.bias"):
                 if name in parts:
                     parts[name] = parts[name].then(partial(interleave, heads=heads))
     if layout.architecture.fused_qkv:
-        parts = {"attn_qkv.weight": _joined([parts.pop(f"attn_{k}.weight") for k in "qkv"]), **parts}
+        parts = {
+            "attn_qkv.weight": _joined([parts.pop(f"attn_{k}.weight") for k in "qkv"]),
+            **parts,
+        }
     if "ffn_down.weight" not in parts:
-        return {**parts, **_zero_mlp(layer.neurons, hidden_size)}
+        return {**_zero_mlp(layer.neurons, hidden_size), **parts}
     if layer.added_neurons:
         for key in ("ffn_gate", "ffn_up"):
             for name in (f"{key}.weight", f"{key}.bias"):
@@ -138,6 +143,8 @@ def _zero_mlp(width: int, hidden_size: int) -> dict[str, FileTensor]:
         "ffn_up.weight": (width, hidden_size),
         "ffn_down.weight": (hidden_size, width),
     }
-    zeros = {key: FileTensor(key, shape, partial(torch.zeros, shape)) for key, shape in shapes.items()}
+    zeros = {
+        key: FileTensor(key, shape, partial(torch.zeros, shape)) for key, shape in shapes.items()
+    }
     norm = FileTensor("ffn_norm.weight", (hidden_size,), partial(torch.ones, hidden_size))
     return {"ffn_norm.weight": norm, **zeros}

@@ -14,7 +14,19 @@ from ..errors import LoadingError, MissingExtra
 from .pretokenizers import named
 
 MAGIC = b"GGUF"
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 
@@ -177,4 +189,6 @@ def split_as_named(tokenizer: Any, header: Header) -> None:
 
 def stored_dtype(header: Header) -> str:
     """The precision to keep the file's values in: its own, or float16 where it is quantised."""
-    return {0: "float32", 32: "bfloat16"}.get(header.metadata.get("general.file_type", 1), "float16")
+    return {0: "float32", 32: "bfloat16"}.get(
+        header.metadata.get("general.file_type", 1), "float16"
+    )
