@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UnsupportedModel
@@ -78,6 +78,8 @@ def find_layout(weights: Weights, multiple: int = 1) -> Layout:
         config.hidden_size // config.num_attention_heads
     )
     layers = _layers(weights, head_dim, multiple)
+    if layers and layers[0].heads == 0:
+        layers[0] = replace(layers[0], heads=1, kv_heads=1)  # of zeros
     notes = []
     skipped = config.num_hidden_layers - len(layers)
     if skipped:

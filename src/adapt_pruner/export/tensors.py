@@ -90,6 +90,8 @@ def _finish(
     """The tensors of one layer as the file's architecture wants them."""
     if layer.heads == 0:
         parts = {key: tensor for key, tensor in parts.items() if not key.startswith("attn_")}
+    elif not any(key.startswith("attn_q") for key in parts):
+        parts = {**parts, **_zero_attention(layout.head_dim, hidden_size)}
     if layout.architecture.interleaved:
         for key, heads in (("attn_q", layer.heads), ("attn_k", layer.kv_heads)):
             for name in (f"{key}.weight", f"{key}.bias"):
@@ -138,13 +140,27 @@ def _more_rows(tensor: Tensor, block: int, added: int) -> Tensor:
 
 def _zero_mlp(width: int, hidden_size: int) -> dict[str, FileTensor]:
     """An MLP that adds nothing: llama.cpp drops the attention of a layer that has no MLP."""
-    shapes = {
-        "ffn_gate.weight": (width, hidden_size),
-        "ffn_up.weight": (width, hidden_size),
-        "ffn_down.weight": (hidden_size, width),
+    inner, outer = (width, hidden_size), (hidden_size, width)
+    return {
+        **_filled("ffn_norm.weight", (hidden_size,), 1.0),
+        **_filled("ffn_gate.weight", inner),
+        **_filled("ffn_up.weight", inner),
+        **_filled("ffn_down.weight", outer),
     }
-    zeros = {
-        key: FileTensor(key, shape, partial(torch.zeros, shape)) for key, shape in shapes.items()
+
+
+def _zero_attention(head_dim: int, hidden_size: int) -> dict[str, FileTensor]:
+    """A head that adds nothing: llama.cpp reads the size of all heads only if the first layer has
+    one."""
+    inner, outer = (head_dim, hidden_size), (hidden_size, head_dim)
+    return {
+        **_filled("attn_norm.weight", (hidden_size,), 1.0),
+        **_filled("attn_q.weight", inner),
+        **_filled("attn_k.weight", inner),
+        **_filled("attn_v.weight", inner),
+        **_filled("attn_output.weight", outer),
     }
-    norm = FileTensor("ffn_norm.weight", (hidden_size,), partial(torch.ones, hidden_size))
-    return {"ffn_norm.weight": norm, **zeros}
+
+
+def _filled(name: str, shape: tuple[int, ...], value: float = 0.0) -> dict[str, FileTensor]:
+    return {name: FileTensor(name, shape, partial(torch.full, shape, value))}
