@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -57,6 +58,8 @@ def hush_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.getLogger("fsspec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    reader = transformers.modeling_gguf_pytorch_utils
+    reader.tqdm = functools.partial(reader.tqdm, disable=True)  # it has a bar of its own
 
 
 def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:

@@ -170,20 +170,23 @@ def import_gguf():
     return gguf
 
 
-def split_as_named(tokenizer: Any, header: Header) -> None:
-    """Make a tokenizer that transformers built from a file split text as the file says, where
-    transformers does not know the name (smollm: every digit is a piece)."""
-    known = named(str(header.metadata.get("tokenizer.ggml.pre", "")))
-    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or known is None:
-        return
+def mend_tokenizer(tokenizer: Any, header: Header) -> None:
+    """Make a tokenizer that transformers built from a file do what the file says: split text by
+    names that transformers does not know (smollm: every digit is a piece), and have no token that
+    the file has not (transformers adds GPT-2's)."""
     from tokenizers import Tokenizer
 
+    said = header.metadata
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = known.steps()
-    backend["pre_tokenizer"] = (
-        steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
-    )
-    backend["model"]["ignore_merges"] = known.ignore_merges
+    count = len(said.get("tokenizer.ggml.tokens", ()))
+    backend["added_tokens"] = [one for one in backend["added_tokens"] if one["id"] < count]
+    known = named(str(said.get("tokenizer.ggml.pre", "")))
+    if said.get("tokenizer.ggml.model") == "gpt2" and known is not None:
+        steps = known.steps()
+        backend["pre_tokenizer"] = (
+            steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps}
+        )
+        backend["model"]["ignore_merges"] = known.ignore_merges
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
 
 

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..errors import AdaptPrunerError, InvalidSettings, LoadingError, UnsupportedModel
 from .anatomy import architecture_of
-from .gguf_input import read_header, split_as_named, stored_dtype
+from .gguf_input import mend_tokenizer, read_header, stored_dtype
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""
@@ -250,7 +250,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             **_gguf_file(name),
         )
         if is_gguf(name):
-            split_as_named(tokenizer, read_header(Path(name)))
+            mend_tokenizer(tokenizer, read_header(Path(name)))
     if not len(tokenizer):
         raise LoadingError(f"The tokenizer of '{name}' is empty: its files are missing.")
     return tokenizer
