@@ -142,7 +142,9 @@ def test_q_k_norms_with_unequal_layers_name_the_way_out(tokenizer, tmp_path):
     )  # fmt: skip
     with pytest.raises(UnsupportedModel, match="--layout uniform"):
         export_gguf(model, tmp_path / "q.gguf", tokenizer=tokenizer)
-    model = build("gemma2", torch.float32, vocab_size=VOCABULARY, **UNEQUAL)
+    model = build(
+        "gemma2", torch.float32, vocab_size=VOCABULARY, attention_bias=False, **UNEQUAL
+    )
     with pytest.raises(UnsupportedModel, match="--layout uniform"):
         export_gguf(model, tmp_path / "q.gguf", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())
@@ -152,6 +154,7 @@ def test_other_models_and_scalings_are_refused(tokenizer, tmp_path):
     for model, words in (
         (build("gpt_neox", torch.float32, vocab_size=VOCABULARY), "gpt_neox"),
         (small(hidden_act="relu"), "relu"),
+        (build("gemma2", torch.float32, vocab_size=VOCABULARY), "no bias of"),
         (
             small(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "dynamic",

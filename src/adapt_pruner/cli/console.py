@@ -49,6 +49,7 @@ def hush_libraries() -> None:
     import datasets
     import huggingface_hub
     import transformers
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
@@ -58,8 +59,7 @@ def hush_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.getLogger("fsspec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    reader = transformers.modeling_gguf_pytorch_utils
-    reader.tqdm = functools.partial(reader.tqdm, disable=True)  # it has a bar of its own
+    gguf_reader.tqdm = functools.partial(gguf_reader.tqdm, disable=True)  # it has its own bar
 
 
 def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:

@@ -9,12 +9,12 @@ import click
 
 from .export import quantize_option, show_export
 from .options import (
+    MethodCommand,
     named_model,
     own_values,
     read_recipe,
     resolve_settings,
     run_options,
-    settings_options,
 )
 
 RECIPE_KEYS = {
@@ -27,9 +27,8 @@ RECIPE_KEYS = {
 }
 
 
-@click.command("prune")
+@click.command("prune", cls=MethodCommand)
 @run_options
-@settings_options
 @quantize_option
 def command(
     model: str | None,
@@ -54,7 +53,7 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
     own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
-    preset = options.pop("preset")
+    preset = options.pop("preset", None)
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
     if quantize and not to_gguf:

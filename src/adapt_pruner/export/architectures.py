@@ -33,12 +33,18 @@ class GgufArchitecture:
     """Further keys of the file -> attributes of the configuration, written where they are set."""
     fused_qkv: bool = False
     """Whether query, key and value projections are one tensor."""
+    biases: tuple[str, ...] = ()
+    """Linears that may have a bias, by their names in transformers."""
     must_be_tied: bool = False
     """Whether the head is always the embedding matrix."""
 
 
-def _llama(**differences) -> GgufArchitecture:
-    return GgufArchitecture("llama", interleaved=True, per_layer="deci", **differences)
+_QKV = ("q_proj", "k_proj", "v_proj")
+_ALL = (*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _llama() -> GgufArchitecture:
+    return GgufArchitecture("llama", interleaved=True, per_layer="deci", biases=_ALL)
 
 
 _GEMMA = {"norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
@@ -51,7 +57,7 @@ _CAPS = {
 GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
     "llama": _llama(),
     "mistral": _llama(),
-    "qwen2": GgufArchitecture("qwen2", per_layer="deci"),
+    "qwen2": GgufArchitecture("qwen2", per_layer="deci", biases=_QKV),
     "qwen3": GgufArchitecture("qwen3", per_layer="openelm"),
     "gemma": GgufArchitecture("gemma", **_GEMMA),
     "gemma2": GgufArchitecture("gemma2", window_every=2, keys={**_WINDOW, **_CAPS}, **_GEMMA),
@@ -69,11 +75,11 @@ GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
             "logit_scale": "logits_scaling",
         },
     ),
-    "seed_oss": GgufArchitecture("seed_oss"),
+    "seed_oss": GgufArchitecture("seed_oss", biases=_QKV),
 }
 
 PER_LAYER: dict[str, GgufArchitecture] = {
-    "deci": GgufArchitecture("deci", interleaved=True),
+    "deci": GgufArchitecture("deci", interleaved=True, biases=_ALL),
     "openelm": GgufArchitecture("openelm", fused_qkv=True, must_be_tied=True),
 }
 """Architectures of llama.cpp whose layers may differ in heads, KV heads and MLP width."""

@@ -86,11 +86,12 @@ def find_layout(weights: Weights, multiple: int = 1) -> Layout:
         notes.append(f"{skipped} layers that do nothing are left out.")
     architecture = own
     widths = {(layer.heads, layer.kv_heads, layer.neurons) for layer in layers}
-    if (
-        len(widths) > 1
-        or any(layer.heads == 0 for layer in layers)
-        or _has_odd_query_bias(weights, layers, head_dim)
-    ):
+    unequal = len(widths) > 1 or any(layer.heads == 0 for layer in layers)
+    biased = _biased(weights)
+    odd = "q_proj" in biased and any(
+        layer.heads * head_dim != config.hidden_size for layer in layers
+    )  # llama.cpp's own architectures expect query biases as long as the hidden size
+    if unequal or odd or not biased <= {*own.biases}:
         architecture = _per_layer_architecture(weights, own, layers)
     _check_windows(config, architecture, layers)
     return Layout(config.model_type, architecture, head_dim, tuple(layers), tuple(notes))
@@ -128,37 +129,43 @@ def _heads(
     return heads, rows[1] // head_dim
 
 
+def _biased(weights: Weights) -> set[str]:
+    """Names of the linears that have a bias."""
+    return {
+        name.split(".")[-2]
+        for name in weights.shapes
+        if name.endswith(".bias") and "norm" not in name
+    }
+
+
 def _per_layer_architecture(
     weights: Weights, own: GgufArchitecture, layers: list[Layer]
 ) -> GgufArchitecture:
+    """The architecture for layers that differ, or for biases that `own` does not have."""
+    strange = sorted(_biased(weights) - {*own.biases})
+    if own.per_layer is None and strange:
+        raise UnsupportedModel(
+            f"llama.cpp has no bias of {strange[0]} in a '{own.name}' model; this one has, and "
+            "cannot be exported."
+        )
     way_out = "Prune with --layout uniform, then export."
     if own.per_layer is None:
         raise UnsupportedModel(
-            f"llama.cpp has no architecture for a '{own.name}' model whose layers differ in width "
-            f"(normalised queries, windows or other norms). {way_out}"
+            f"llama.cpp has no architecture for a '{own.name}' model whose layers differ in width. "
+            f"{way_out}"
         )
     row = PER_LAYER[own.per_layer]
-    if row.must_be_tied and not weights.is_tied:
+    lacking = {
+        "a head apart from the embedding matrix": row.must_be_tied and not weights.is_tied,
+        "layers without attention": row.fused_qkv and any(layer.heads == 0 for layer in layers),
+        "biases": not _biased(weights) <= {*row.biases},
+    }
+    for what in (what for what, is_lacking in lacking.items() if is_lacking):
         raise UnsupportedModel(
             f"llama.cpp holds '{own.name}' models whose layers differ in width as '{row.name}', "
-            f"which shares the embedding matrix with the head; this model has its own. {way_out}"
-        )
-    if row.fused_qkv and (
-        any(layer.heads == 0 for layer in layers)
-        or any(name.endswith("q_proj.bias") for name in weights.shapes)
-    ):
-        raise UnsupportedModel(
-            f"llama.cpp holds '{own.name}' models whose layers differ in width as '{row.name}', "
-            f"which has neither biases nor layers without attention. {way_out}"
+            f"which has no {what.removeprefix('a ')}. {way_out}"
         )
     return row
-
-
-def _has_odd_query_bias(weights: Weights, layers: list[Layer], head_dim: int) -> bool:
-    """Whether there are query biases of another length than the hidden size, which llama.cpp's
-    own architectures do not read."""
-    biased = any(name.endswith("q_proj.bias") for name in weights.shapes)
-    return biased and any(layer.heads * head_dim != weights.config.hidden_size for layer in layers)
 
 
 def _check_windows(config: Any, architecture: GgufArchitecture, layers: list[Layer]) -> None:

@@ -1,9 +1,14 @@
 """Teach transformers' decoder layers to read `config.per_layer_config`.
 
-transformers validates, stores and serialises per-layer widths, and its caches understand them, but
-its decoder layers are still built from the global widths. The missing step is small: build layer i
-from the configuration of layer i. It is added to a layer class at the moment transformers imports
-the modelling file, so importing `adapt_pruner` costs nothing and loads nothing.
+transformers validates, stores and serialises what a layer has of its own, and its caches understand
+it, but its decoder layers are still built from the global configuration. What is missing is small:
+
+- build layer i from the widths of layer i;
+- leave out what `skip` names, such as ["mlp"];
+- give a bias to the linears that `added_biases` names, where the architecture offers none.
+
+It is added to a layer class at the moment transformers imports the modelling file, so importing
+`adapt_pruner` costs nothing and loads nothing.
 
 The class itself is extended instead of replaced (`transformers.monkey_patching`): replacing breaks
 `output_hidden_states` of models built directly from their class, because output recorders then look
@@ -23,7 +28,7 @@ from .architectures import ARCHITECTURES, Architecture
 
 
 class LayerConfig:
-    """The model's configuration as one decoder layer sees it: its own widths, all else live.
+    """The model's configuration as one decoder layer sees it: its own values, all else live.
 
     A view and not a copy, so that a later `model.set_attn_implementation(...)` reaches the layers.
     """
@@ -42,7 +47,16 @@ def layer_config(config: Any, layer_idx: int) -> Any:
     if not getattr(config, "is_heterogeneous", False):
         return config
     layer = config.per_layer_config[layer_idx]
-    return LayerConfig(config, {name: getattr(layer, name) for name in config.per_layer_attributes})
+    names = {*config.per_layer_attributes, "skip"}
+    return LayerConfig(config, {name: getattr(layer, name) for name in names})
+
+
+def alter_layer(layer: Any, config: Any, attention: str, sublayers: Any) -> None:
+    """Leave out and add what the layer's own `config` says. Mutates `layer`."""
+    from .skipped import add_biases, skip_sublayers
+
+    add_biases(layer, getattr(config, "added_biases", None) or ())
+    skip_sublayers(layer, getattr(config, "skip", None) or (), attention, sublayers)
 
 
 def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
@@ -53,7 +67,9 @@ def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
 
     @functools.wraps(original)
     def __init__(self, config, layer_idx, *args, **kwargs):
-        original(self, layer_config(config, layer_idx), layer_idx, *args, **kwargs)
+        own = layer_config(config, layer_idx)
+        original(self, own, layer_idx, *args, **kwargs)
+        alter_layer(self, own, architecture.attention, architecture.sublayers)
 
     layer_class.__init__ = __init__
 
@@ -62,12 +78,21 @@ def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
     return "Reading global config value for per-layer attribute" not in str(record.msg)
 
 
+def _register(architecture: Architecture) -> None:
+    hook = functools.partial(_extend_layer_class, architecture)
+    wrapt.register_post_import_hook(hook, architecture.modeling_module)
+
+
+def _register_foreign(transformers: ModuleType) -> None:
+    for name in ARCHITECTURES.foreign:
+        _register(ARCHITECTURES[name])
+
+
 def register() -> None:
-    """Arrange for every supported layer class to be extended when transformers imports it."""
-    for architecture in ARCHITECTURES.values():
-        wrapt.register_post_import_hook(
-            functools.partial(_extend_layer_class, architecture), architecture.modeling_module
-        )
+    """Arrange for every supported layer class to be extended when its module is imported."""
+    for architecture in ARCHITECTURES.own.values():
+        _register(architecture)
+    wrapt.register_post_import_hook(_register_foreign, "transformers")
     # Our checkpoints declare that reading a global width is intended; the warning is noise.
     logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
         _is_not_about_global_widths
