@@ -84,6 +84,12 @@ def _gguf_config(name: str) -> Any:
 def _read_gguf_config(file: Path, size: int, time: int) -> Any:
     """Kept while the file's size and time stay the same: transformers needs seconds for it."""
     header = read_header(file)
+    if header.architecture in ("deci", "openelm"):
+        raise LoadingError(
+            f"'{file}' holds layers of different width (architecture {header.architecture}), which "
+            "are not read back from GGUF. Name the directory that it was exported from, or run it: "
+            "adapt-pruner run FILE PROMPT."
+        )
     with reading(str(file), "configuration"):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     config.dtype = getattr(torch, stored_dtype(header))
