@@ -142,9 +142,7 @@ def test_q_k_norms_with_unequal_layers_name_the_way_out(tokenizer, tmp_path):
     )  # fmt: skip
     with pytest.raises(UnsupportedModel, match="--layout uniform"):
         export_gguf(model, tmp_path / "q.gguf", tokenizer=tokenizer)
-    model = build(
-        "gemma2", torch.float32, vocab_size=VOCABULARY, attention_bias=False, **UNEQUAL
-    )
+    model = build("gemma2", torch.float32, vocab_size=VOCABULARY, attention_bias=False, **UNEQUAL)
     with pytest.raises(UnsupportedModel, match="--layout uniform"):
         export_gguf(model, tmp_path / "q.gguf", tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())

@@ -45,6 +45,10 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 FULL = {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}
+EVERY_FOURTH = {
+    "num_hidden_layers": 4,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -82,6 +86,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"attention_bias": False, "num_hidden_layers": 7,
          "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]},
     ),
+    "phi": ("phi", "phi2", {}),
     "phi3": ("phi3", "phi3", {"sliding_window": None}),
     "olmo2": ("olmo2", "olmo2", {"attention_bias": False}),
     "smollm3": (
@@ -90,6 +95,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
          "no_rope_layers": [1, 1, 1, 0]},
     ),
     "granite": ("granite", "granite", BARE),
+    "olmo3": ("olmo3", "olmo2", {"attention_bias": False, **EVERY_FOURTH}),
+    "starcoder2": ("starcoder2", "starcoder2", {"sliding_window": None}),
+    "cohere2": ("cohere2", "cohere2", {"attention_bias": False, **EVERY_FOURTH}),
+    "glm4": ("glm4", "glm4", {}),
+    "nemotron": ("nemotron", "nemotron", BARE),
     "seed_oss": ("seed_oss", "seed_oss", {"attention_out_bias": False, "mlp_bias": False}),
 }  # fmt: skip
 

@@ -62,8 +62,14 @@ GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
     "gemma": GgufArchitecture("gemma", **_GEMMA),
     "gemma2": GgufArchitecture("gemma2", window_every=2, keys={**_WINDOW, **_CAPS}, **_GEMMA),
     "gemma3_text": GgufArchitecture("gemma3", window_every=6, keys={**_WINDOW, **_CAPS}, **_GEMMA),
+    "phi": GgufArchitecture(
+        "phi2",
+        activation="gelu_new",
+        biases=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "lm_head"),
+    ),
     "phi3": GgufArchitecture("phi3"),
     "olmo2": GgufArchitecture("olmo2"),
+    "olmo3": GgufArchitecture("olmo2", window_every=4, keys=_WINDOW),
     "smollm3": GgufArchitecture("smollm3", interleaved=True),
     "granite": GgufArchitecture(
         "granite",
@@ -75,6 +81,16 @@ GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
             "logit_scale": "logits_scaling",
         },
     ),
+    "starcoder2": GgufArchitecture(
+        "starcoder2",
+        activation="gelu_pytorch_tanh",
+        biases=(*_QKV, "o_proj", "c_fc", "c_proj"),
+    ),
+    "cohere2": GgufArchitecture(
+        "cohere2", window_every=4, keys={**_WINDOW, "logit_scale": "logit_scale"}
+    ),
+    "glm4": GgufArchitecture("glm4", biases=_QKV),
+    "nemotron": GgufArchitecture("nemotron", norm_offset=1.0, activation="relu2"),
     "seed_oss": GgufArchitecture("seed_oss", biases=_QKV),
 }
 

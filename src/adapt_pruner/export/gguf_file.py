@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType
 
 from ..errors import LoadingError, WritingError
 from ..files import atomic_file, check_file
+from ..model.gguf_input import MAGIC
 from ..model.loading import is_gguf, load_tokenizer, resolve_name
 from ..result import PruningResult
 from .commands import GgufCommands
@@ -26,7 +27,6 @@ from .tensors import FileTensor, plan_tensors
 from .vocabulary import add_tokenizer
 from .weights import Weights, open_weights, weights_of
 
-MAGIC = b"GGUF"
 BLOCK = 32
 """MLP widths of quantised files are filled up to a multiple of this, the smaller block size."""
 
@@ -119,7 +119,9 @@ def export_gguf(
     if tokenizer is None:
         raise LoadingError("A GGUF file holds the tokenizer too; pass `tokenizer=`.")
     card = {**card, "name": name} if name else card
-    return export_weights(weights, tokenizer, output, quantize, card, on_progress, overwrite)
+    return export_weights(
+        weights, tokenizer, output, quantize, card, on_progress=on_progress, overwrite=overwrite
+    )
 
 
 def export_weights(
@@ -128,6 +130,7 @@ def export_weights(
     output: Path,
     quantize: str,
     card: Mapping[str, Any] | None = None,
+    *,
     on_progress: Callable[[float], None] = lambda share: None,
     overwrite: bool = False,
 ) -> Export:

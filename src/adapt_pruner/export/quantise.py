@@ -30,7 +30,7 @@ class Place:
     """Query heads on one KV head."""
 
     @property
-    def is_eighth(self) -> bool:
+    def gets_more_bits(self) -> bool:
         """Whether the layer is of the first or last eighth, or every third between: those get more
         bits in the M mixes."""
         first = self.num_layers // 8
@@ -85,13 +85,13 @@ def _q4_k_s(place: Place) -> T | None:
 def _q4_k_m(place: Place) -> T | None:
     if place.part == "attn_qkv":
         return T.Q5_K
-    return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.is_eighth else None
+    return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.gets_more_bits else None
 
 
 def _q5_k_m(place: Place) -> T | None:
     if place.part == "attn_qkv":
         return T.Q6_K
-    return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.is_eighth else None
+    return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.gets_more_bits else None
 
 
 F = LlamaFileType
