@@ -72,6 +72,8 @@ def test_commands_take_files(cli, file, text_file, tmp_path):
     outcome = cli("prune", file, "-o", smaller, "--quantize", "Q8_0", *options)
     assert outcome.status == 0, outcome.err
     assert read_header(smaller).architecture == "deci"
+    outcome = cli("prune", file, "-o", file, "--overwrite", *options)
+    assert "is the model itself" in outcome.err
     assert "layers of different width" in cli("inspect", smaller).err
     outcome = cli("prune", file, "-o", smaller, "--quantize", "Q8_0", *options)
     assert (outcome.status, "--overwrite" in outcome.err) == (1, True)

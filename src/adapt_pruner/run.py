@@ -12,6 +12,7 @@ import torch
 
 from .api import Listener, prune
 from .checkpoint import check_place, save_result
+from .claims import claimed
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
 from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
@@ -68,9 +69,12 @@ def plan_run(request: Request) -> Plan:
 
 def run_pruning(request: Request, output: Path, listener: Listener | None = None) -> PruningResult:
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
-    check = functools.partial(check_place, output, request.overwrite)
-    result = _prune(request, check, listener)
-    save_result(result, output, request.portable, request.overwrite, request.recipe())
+    sources = (request.model, request.settings.calibration, request.evaluate)
+    check_place(output, request.overwrite, sources=sources)
+    with claimed(output):
+        check = functools.partial(check_place, output, request.overwrite)
+        result = _prune(request, check, listener)
+        save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
 
@@ -79,10 +83,11 @@ def run_pruning_to_gguf(
 ) -> tuple[PruningResult, Export]:
     """The same, and write a GGUF file instead. See also `export_gguf`."""
     from .export import export_gguf
-    from .export.gguf_file import check_gguf_output
+    from .export.gguf_file import check_gguf_output, check_is_not_source
     from .export.quantise import file_type
 
     file_type(quantize)  # raises now for what there is not
+    check_is_not_source(output, request.model)
 
     def check(needed_bytes: int = 0) -> None:
         check_gguf_output(output, request.overwrite)  # its size is known when it is pruned
@@ -96,7 +101,7 @@ def _prune(
 ) -> PruningResult:
     """Load, measure, prune and measure; `check` says early whether the result can be written."""
     settings = request.settings
-    check()
+    check()  # again: a run that was killed may have left its result
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from ..errors import LoadingError, WritingError
-from ..files import atomic_file, check_file
+from ..files import atomic_file, check_place_of_file
 from ..model.gguf_input import MAGIC
 from ..model.loading import is_gguf, load_tokenizer, resolve_name
 from ..result import PruningResult
@@ -110,6 +110,7 @@ def export_gguf(
         model, tokenizer = model.model, tokenizer or model.tokenizer
     if isinstance(model, (str, Path)):
         source = str(model)
+        check_is_not_source(output, source)
         weights = open_weights(source, trust_remote_code)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
         place = Path(resolve_name(source))
@@ -173,7 +174,7 @@ def export_weights(
 def check_gguf_output(file: Path, overwrite: bool, needed_bytes: int = 0) -> None:
     """Raise WritingError now if a GGUF file could not be written to `file` later. What is replaced
     must be a GGUF file, whatever `overwrite` says."""
-    check_file(file, needed_bytes)
+    file = check_place_of_file(file, needed_bytes)
     if not file.exists():
         return
     if not overwrite:
@@ -181,6 +182,12 @@ def check_gguf_output(file: Path, overwrite: bool, needed_bytes: int = 0) -> Non
     with file.open("rb") as stream:
         if stream.read(4) != MAGIC:
             raise WritingError(f"'{file}' is not a GGUF file, and is not replaced. Name another.")
+
+
+def check_is_not_source(file: Path, model: str) -> None:
+    """Raise WritingError if `file` is the model that is to be read."""
+    if is_gguf(model) and Path(resolve_name(model)).resolve() == file.resolve():
+        raise WritingError(f"'{file}' is the model itself; name another file to write.")
 
 
 def _choose_types(weights: Weights, layout: Layout, kind: FileType) -> list[_Stored]:
