@@ -51,7 +51,8 @@ def hush_libraries() -> None:
     import transformers
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Said aloud, so that it does not warn of forks: this program makes none that tokenise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
