@@ -22,6 +22,7 @@ _EXPORTS = {
     "PruningResult": "result",
     "ResultStore": "evaluation",
     "evaluate": "evaluation",
+    "export_gguf": "export",
     "find_anatomy": "model.anatomy",
     "load_calibration": "data",
     "load_model": "model.loading",

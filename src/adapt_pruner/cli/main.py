@@ -37,6 +37,8 @@ class Program(click.Group):
         "evaluate": "evaluate",
         "bench": "bench",
         "inspect": "inspect",
+        "export": "export",
+        "run": "run",
         "methods": "methods",
         "compare": "compare",
         "report": "report",
