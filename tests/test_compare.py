@@ -16,7 +16,7 @@ from adapt_pruner.comparison import grid
 from adapt_pruner.comparison.grid import Cell, CellResult, Comparison, ComparisonRequest
 from adapt_pruner.comparison.picture import pareto_front
 from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex, escape_markdown
-from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, parse_sweep
+from adapt_pruner.comparison.variants import VARIANTS, Variant, make_variants, parse_sweep
 from adapt_pruner.errors import InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.evaluation import Evaluation, Score
 from adapt_pruner.evaluation import store as stored
@@ -143,11 +143,11 @@ class TestArithmetic:
 
 class TestVariants:
     def test_methods_of_the_package_are_valid(self):
-        assert [variant.name for variant in make_variants((), METHODS)] == list(METHODS)
+        assert [variant.name for variant in make_variants((), VARIANTS)] == list(VARIANTS)
 
     def test_sweep_is_a_product(self):
         sweeps = [parse_sweep("amplitude=0,1e-2"), parse_sweep("steps=5,10")]
-        found = make_variants(["paper"], METHODS, sweeps, {"windows": 8})
+        found = make_variants(["paper"], VARIANTS, sweeps, {"windows": 8})
         assert [variant.name for variant in found] == [
             "paper, amplitude 0, steps 5",
             "paper, amplitude 0, steps 10",
@@ -173,7 +173,7 @@ class TestVariants:
 
     def test_amplitude_without_effect(self):
         with pytest.raises(InvalidSettings, match="no effect; sweep it with --methods paper"):
-            make_variants(["best"], METHODS, [parse_sweep("amplitude=0,0.1")])
+            make_variants(["best"], VARIANTS, [parse_sweep("amplitude=0,0.1")])
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def request_of(llama, text_file, tmp_path):
                      "calibration": str(text_file)}  # fmt: skip
         values = {
             "model": str(llama),
-            "variants": make_variants(["best", "random"], METHODS, (), overrides),
+            "variants": make_variants(["best", "random"], VARIANTS, (), overrides),
             "sparsities": [0.3],
             "seeds": range(2),
             "text": [str(text_file)],
