@@ -19,7 +19,7 @@ from typing import Any
 
 import wrapt
 
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES
 
 
 class LayerConfig:
@@ -39,14 +39,21 @@ class LayerConfig:
 
 def layer_config(config: Any, layer_idx: int) -> Any:
     """Return what layer `layer_idx` is built from: `config` itself where all layers are equal."""
-    if not getattr(config, "is_heterogeneous", False):
-        return config
-    layer = config.per_layer_config[layer_idx]
-    return LayerConfig(config, {name: getattr(layer, name) for name in config.per_layer_attributes})
+    if getattr(config, "is_heterogeneous", False):
+        layer = config.per_layer_config[layer_idx]
+        return LayerConfig(
+            config, {name: getattr(layer, name) for name in config.per_layer_attributes}
+        )
+    stored = getattr(config, "per_layer_config", None)
+    if isinstance(stored, dict):  # transformers 4 keeps what stands in config.json as it is
+        by_layer = {int(layer): overrides for layer, overrides in stored.items()}
+        return LayerConfig(config, by_layer.get(layer_idx, {}))
+    return config
 
 
-def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
-    layer_class = getattr(module, architecture.layer_class, None)
+def extend_layer_class(class_name: str, module: ModuleType) -> None:
+    """Let a decoder layer class read `per_layer_config`. Mutates the class, once."""
+    layer_class = getattr(module, class_name, None)
     if layer_class is None or hasattr(layer_class.__init__, "__wrapped__"):
         return
     original = layer_class.__init__
@@ -66,7 +73,8 @@ def register() -> None:
     """Arrange for every supported layer class to be extended when transformers imports it."""
     for architecture in ARCHITECTURES.values():
         wrapt.register_post_import_hook(
-            functools.partial(_extend_layer_class, architecture), architecture.modeling_module
+            functools.partial(extend_layer_class, architecture.layer_class),
+            architecture.modeling_module,
         )
     # Our checkpoints declare that reading a global width is intended; the warning is noise.
     logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
