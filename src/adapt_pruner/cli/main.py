@@ -27,6 +27,7 @@ class Program(click.Group):
         "compare": "compare",
         "report": "report",
         "demo": "demo",
+        "with": "with_command",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -57,10 +58,15 @@ def program(debug: bool) -> None:  # main() looks at --debug
 def main(args: list[str] | None = None) -> None:
     """Run the program and exit. Every error is one message on stderr and a non-zero status."""
     arguments = sys.argv[1:] if args is None else args
-    debug = "--debug" in arguments  # anywhere: it is an afterthought
+    # Anywhere, because it is an afterthought; but what stands after `with` is another program's.
+    verb = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    is_with = verb is not None and arguments[verb] == "with"
+    end = verb if is_with else len(arguments)
+    debug = "--debug" in arguments[:end]
+    ours = [argument for argument in arguments[:end] if argument != "--debug"]
     try:
         program.main(
-            args=[argument for argument in arguments if argument != "--debug"],
+            args=[*ours, *arguments[end:]],
             prog_name="adapt-pruner",
             standalone_mode=False,
         )
