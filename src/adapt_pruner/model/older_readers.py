@@ -77,9 +77,11 @@ def tidy_tokenizer(directory: Path, source: str | None) -> None:
 def _source_class(source: str | None) -> str | None:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    if not source:
+        return None
     try:
         return get_tokenizer_config(source, local_files_only=True).get("tokenizer_class")
-    except (OSError, ValueError, TypeError):  # it has gone, or there was none
+    except (OSError, ValueError):  # the source has gone
         return None
 
 
