@@ -242,8 +242,8 @@ class TestPortable:
         named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
                  for alias in node.names}  # fmt: skip
         froms = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert named == {"functools", "transformers.models.llama.modeling_llama"}
-        assert froms == {"__future__", "types", "typing"}
+        assert named == {"functools", "torch", "transformers.models.llama.modeling_llama"}
+        assert froms == {"__future__", "torch", "transformers.cache_utils", "types", "typing"}
 
 
 class TestVllmPlugin:

@@ -28,7 +28,7 @@ _EXPORTS = {
     "load_calibration": "data",
     "load_model": "model.loading",
     "load_tokenizer": "model.loading",
-    "make_settings": "settings",
+    "make_settings": "methods",
     "perplexity": "evaluation",
     "prune": "api",
     "replay": "api",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from .allocate.chains import check_reachable, resolve_target
+from .allocate.target import resolve_target
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel
-from .methods import METHODS, PruningStep
-from .methods.adapt_pruner import limits_of
-from .model.anatomy import find_anatomy
-from .model.edits import cut
+from .methods import PruningStep, Work, make_settings, method_named
+from .model.anatomy import Anatomy, find_anatomy
+from .model.edits import Edit, Keep, edit_of
+from .model.history import History
 from .model.loading import read_json
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
-from .settings import PruneSettings, make_settings
+from .settings import PruneSettings
 
 
 class Listener:
@@ -27,6 +27,8 @@ class Listener:
     def on_start(self, total_parameters: int, target: int) -> None: ...
     def on_progress(self, share: float) -> None: ...
     def on_step(self, step: PruningStep) -> None: ...
+    def on_edit(self, edit: Edit, before: Anatomy) -> None:
+        """Called before an edit changes the model, whose anatomy is `before`."""
 
 
 def prune(
@@ -37,8 +39,10 @@ def prune(
     params: int | None = None,
     calibration: str | Path | CalibrationData | None = None,
     settings: PruneSettings | None = None,
-    preset: str = "best",
+    preset: str | None = None,
     listener: Listener | None = None,
+    group: Any = None,
+    decide: Callable[[Keep], Keep] = lambda keep: keep,
     **overrides: Any,
 ) -> PruningResult:
     """Make `model` smaller, in place, to exactly the size named.
@@ -50,8 +54,12 @@ def prune(
         params: parameters that the whole model may have. Either is met at or below, by less than
             one unit (one multiple or one uniform step, where those are asked for).
         calibration: text to score on, see `load_calibration`; default: the settings' own.
-        settings: all settings at once; or a `preset` and single settings as keywords.
+        settings: all settings at once; or a `preset` and single settings as keywords, `method`
+            among them.
         listener: hears of progress.
+        group: processes (torch.distributed) that prune the same model and share the calibration
+            windows; default: this one alone, whatever else runs.
+        decide: with a `group`, makes all of them keep the same units.
 
     Raises:
         AdaptPrunerError: one of its kinds, before anything is changed, except for non-finite
@@ -61,7 +69,6 @@ def prune(
         result = prune(model, tokenizer, sparsity=0.2, calibration="text.jsonl")
         result.save("smaller")
     """
-    listener = listener or Listener()
     if settings is not None and overrides:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
     settings = settings or make_settings(preset, **overrides)
@@ -72,46 +79,54 @@ def prune(
         )
     anatomy = find_anatomy(model)
     target = resolve_target(anatomy, sparsity, params)
-    check_reachable(anatomy, target, limits_of(settings, anatomy))
+    method_named(settings.method).outline(settings, anatomy, target)  # refuses what cannot be met
     if not isinstance(calibration, CalibrationData):
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = calibration_for(model, tokenizer, settings)
+    work = Work(model, calibration, (target,), settings, group=group, decide=decide)
+    return next(prune_to_sizes(work, tokenizer, listener))
+
+
+def prune_to_sizes(
+    work: Work, tokenizer: Any = None, listener: Listener | None = None
+) -> Iterator[PruningResult]:
+    """Run the method and yield a result at every target. The model goes on changing: use or save
+    each result before the next is asked for. Raises as `prune`."""
+    listener = listener or Listener()
+    model: Any = work.model
+    anatomy = find_anatomy(model)
     before, widths_before = Size.of(anatomy), anatomy.widths
-    original = {group.key: torch.arange(group.num_units) for group in anatomy.groups}
-    steps, began = [], time.perf_counter()
-    listener.on_start(before.total, target)
-    method = METHODS[settings.method]
-    for step in method(model, calibration, target, settings, listener.on_progress):
-        for key, kept_U in step.kept.items():
-            original[key] = original[key][kept_U]
+    history, steps, began = History(anatomy), [], time.perf_counter()
+    previous = previous_record(model)
+
+    def on_edit(edit: Edit, now: Anatomy) -> None:
+        history.add(edit, now)
+        listener.on_edit(edit, now)
+
+    work.on_progress, work.on_edit = listener.on_progress, on_edit
+    listener.on_start(before.total, work.targets[-1])
+    for step in method_named(work.settings.method).run(work):
         anatomy = step.anatomy
-        steps.append(
-            StepRecord(
-                step.step,
-                anatomy.total_parameters,
-                step.loss,
-                step.layer_importance,
-                step.layer_distance,
-                anatomy.widths,
-                step.seconds,
+        if step.step > len(steps):
+            steps.append(StepRecord.of(step))
+            listener.on_step(step)
+        if step.target is not None:
+            yield PruningResult(
+                model=model,
+                tokenizer=tokenizer,
+                settings=work.settings,
+                target=step.target,
+                before=before,
+                after=Size.of(anatomy),
+                widths_before=widths_before,
+                widths_after=history.aligned(anatomy.widths),
+                layers=list(history.layers),
+                edits=history.edits,
+                steps=list(steps),
+                seconds=time.perf_counter() - began,
+                previous=previous,
             )
-        )
-        listener.on_step(step)
-    return PruningResult(
-        model=model,
-        tokenizer=tokenizer,
-        settings=settings,
-        target=target,
-        before=before,
-        after=Size.of(anatomy),
-        widths_before=widths_before,
-        widths_after=anatomy.widths,
-        kept=original,
-        steps=steps,
-        seconds=time.perf_counter() - began,
-        previous=previous_record(model),
-    )
 
 
 def calibration_for(model: Any, tokenizer: Any, settings: PruneSettings) -> CalibrationData:
@@ -151,12 +166,13 @@ def previous_record(model: Any) -> dict[str, Any] | None:
 
 
 def replay(model: nn.Module, record: str | Path | dict[str, Any]) -> None:
-    """Make the cut of a `pruning.json` again on the model it was made on. Mutates `model`.
+    """Make the edits of a `pruning.json` again on the model they were made on. Mutates `model`.
 
-    Without the refit: the weights that stay are those of `model`.
+    Without refits: the weights that stay are those of `model`.
 
     Args:
-        record: the file, the checkpoint directory that holds it, or its content.
+        record: the file, the checkpoint directory that holds it, or its content; of format 2, or of
+            format 1, in which earlier versions wrote.
 
     Raises:
         LoadingError: if the record cannot be read or is of another model.
@@ -166,16 +182,32 @@ def replay(model: nn.Module, record: str | Path | dict[str, Any]) -> None:
         record = read_json(path / PRUNING_FILE if path.is_dir() else path)
     if not isinstance(record, dict):
         raise LoadingError(f"The record of a pruning must be a JSON object; got {record!r:.60}.")
-    anatomy = find_anatomy(model)
-    keep = {}
-    for group in anatomy.groups:
-        entry = record.get("layers", {}).get(str(group.layer), {}).get(group.kind)
-        if entry is None or entry["units"] != group.num_units:
+    for edit in [edit_of(entry) for entry in edits_of_record(record)]:
+        check_fits(edit, find_anatomy(model))
+        edit.apply(model)
+
+
+def edits_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the edits in a `pruning.json` of either format."""
+    if record.get("format") == 2:
+        return record.get("edits", [])
+    kinds = {"attention": "kv-groups", "mlp": "neurons"}
+    axes = {
+        f"{layer}/{kinds[kind]}": entry
+        for layer, entries in record.get("layers", {}).items()
+        for kind, entry in entries.items()
+    }
+    return [{"edit": "cut", "axes": axes}]
+
+
+def check_fits(edit: Edit, anatomy: Anatomy) -> None:
+    """Raise LoadingError if a cut is of a model with other axes."""
+    units = {axis.key: axis.num_units for axis in anatomy.axes}
+    for key, keep_U in getattr(edit, "keep", {}).items():
+        if units.get(key) != len(keep_U):
+            layer, kind = key
+            where = f"layer {layer} {kind}" if layer >= 0 else kind
             raise LoadingError(
-                f"The record is of another model: {group} has {group.num_units} units here, and "
-                f"{entry['units'] if entry else 'none'} there."
+                f"The record is of another model: {where} has {units.get(key, 'no')} units here, "
+                f"and {len(keep_U)} there."
             )
-        mask = torch.zeros(group.num_units, dtype=torch.bool)
-        mask[torch.tensor(entry["kept"], dtype=torch.int64)] = True
-        keep[group.key] = mask
-    cut(model, anatomy, keep)

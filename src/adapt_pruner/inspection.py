@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 
-from .allocate.chains import Limits, resolve_target, smallest_size
-from .model.anatomy import ATTENTION, MLP, Anatomy, find_anatomy
+from .allocate.chains import Limits
+from .allocate.target import resolve_target, smallest_size
+from .model.anatomy import Anatomy, find_anatomy
+from .model.axes import KV_GROUPS
+from .model.budget import parameters_by_part
 
 SPARSITIES = tuple(tenth / 10 for tenth in range(1, 9))
 
 
 @dataclass(frozen=True)
 class Units:
-    """Units of one kind: KV groups with their query heads, or neurons."""
+    """Units of one kind of axis."""
 
     kind: str
+    """As in `--cut`; attention and mlp are the sublayers."""
     total: int
     """In all layers."""
     smallest_cost: int
@@ -89,8 +93,8 @@ def inspect_model(model: Any) -> Inspection:
         is_tied=head is not None and head.weight is embedding,
         total=anatomy.total_parameters,
         decoder_layers=anatomy.layer_parameters,
-        budget=_budget(model, anatomy),
-        units=[units for kind in (ATTENTION, MLP) for units in _units(anatomy, kind)],
+        budget=parameters_by_part(anatomy),
+        units=[units for kind in _kinds(anatomy) for units in _units(anatomy, kind)],
         widths=anatomy.widths,
         kv_entries_per_token=_kv_entries(anatomy),
         smallest=smallest,
@@ -98,35 +102,26 @@ def inspect_model(model: Any) -> Inspection:
     )
 
 
-def _budget(model: Any, anatomy: Anatomy) -> dict[str, int]:
-    architecture = anatomy.architecture
-    mlp = architecture.mlp_output.split(".")[0]
-    prefixes = {f"{architecture.attention}.": "attention", f"{mlp}.": "MLP"}
-    head = model.get_output_embeddings()
-    owners = {id(p): "head" for p in (head.parameters() if head is not None else ())}
-    owners[id(model.get_input_embeddings().weight)] = "embeddings"
-    parts = ("embeddings", "attention", "MLP", "norms", "others", "head")
-    budget: dict[str, int] = dict.fromkeys(parts, 0)
-    for name, parameter in model.named_parameters():
-        inside = name.removeprefix(architecture.layers).lstrip(".0123456789")
-        part = owners.get(id(parameter)) or next(
-            (part for prefix, part in prefixes.items() if inside.startswith(prefix)),
-            # What else there is in a layer is never cut: convolutions, GPT-NeoX's attention.
-            "norms" if "norm" in name else "others",
-        )
-        budget[part] += parameter.numel()
-    return {part: count for part, count in budget.items() if count}
+def _kinds(anatomy: Anatomy) -> list[str]:
+    return list(dict.fromkeys(axis.kind for axis in anatomy.axes))
 
 
 def _units(anatomy: Anatomy, kind: str) -> list[Units]:
-    groups = [group for group in anatomy.groups if group.kind == kind]
-    costs = [group.unit_cost for group in groups]
-    total = sum(group.num_units for group in groups)
-    return [Units(kind, total, min(costs), max(costs))] if groups else []
+    axes = anatomy.of_kinds({kind})
+    costs = [axis.unit_cost for axis in axes]
+    total = sum(axis.num_units for axis in axes)
+    return [Units(kind, total, min(costs), max(costs))] if axes else []
 
 
 def _kv_entries(anatomy: Anatomy) -> int | None:
     """Keys and values of one token, over all layers that attend."""
-    groups = [group for group in anatomy.groups if group.kind == ATTENTION]
-    entries = (2 * group.output.tensor.shape[1] // group.heads_per_unit for group in groups)
-    return sum(entries) if groups else None
+    groups = anatomy.of_kinds({KV_GROUPS})
+    if not groups:
+        return None
+    entries = 0
+    for axis in groups:
+        assert axis.output is not None
+        widths = anatomy.widths[axis.layer]
+        head_dim = axis.output.tensor.shape[1] // widths["num_attention_heads"]
+        entries += 2 * axis.num_units * head_dim
+    return entries

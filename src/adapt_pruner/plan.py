@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .allocate.chains import check_reachable, resolve_target, sizes_after_steps
-from .methods.adapt_pruner import limits_of
+from .allocate.target import resolve_target
+from .methods import method_named
 from .model.anatomy import Anatomy, find_anatomy
+from .model.axes import CUTS, Axis
 from .result import Size
-from .score.collect import Wants
-from .score.importance import IMPORTANCES
+from .score.observers import Fisher, Gram, Observer, matrices
 from .settings import PruneSettings
 
 
@@ -51,71 +52,77 @@ def make_plan(
     """
     anatomy = find_anatomy(model)
     target = resolve_target(anatomy, sparsity, params)
-    check_reachable(anatomy, target, limits_of(settings, anatomy))
+    outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)
-    removed = before.total - target
-    steps = settings.steps
-    if settings.allocation == "adaptive":
-        steps = max(1, math.ceil(steps * removed / before.decoder_layers)) if removed else 0
-        share = before.decoder_layers / settings.steps
-        sizes = [max(target, round(before.total - share * (i + 1))) for i in range(steps)]
-    else:
-        sizes = sizes_after_steps(anatomy, target, steps) if removed else []
-    wants = IMPORTANCES[settings.importance].wants
-    if settings.compensation == "refit":
-        wants |= Wants.GRAM
-    memory = _memory(model, anatomy, settings, wants, dtype)
+    memory = _memory(anatomy, settings, outline.observers, dtype)
+    starts = [before.total, *outline.sizes[:-1]][: len(outline.sizes)]
     flops = sum(
-        _step_flops(anatomy, model, settings, wants, size / before.total)
-        for size in [before.total, *sizes[:-1]][: len(sizes)]
+        _step_flops(anatomy, settings, outline.observers, size / before.total) for size in starts
     )
-    return Plan(before, target, sizes, memory, flops / _throughput(dtype, device))
+    return Plan(before, target, outline.sizes, memory, flops / _throughput(dtype, device))
 
 
-def _memory(model, anatomy: Anatomy, settings, wants: Wants, dtype) -> dict[str, int]:
-    size = torch.empty(0, dtype=dtype).element_size()
-    prunable = sum(group.num_units * group.unit_cost for group in anatomy.groups)
+def _memory(
+    anatomy: Anatomy, settings: PruneSettings, observers: Sequence[Observer], dtype: torch.dtype
+) -> dict[str, int]:
+    size, config = dtype.itemsize, _config(anatomy)
+    axes = _axes(anatomy, settings)
+    prunable = sum(matrix.numel() for matrix in matrices(axes))
     memory = {"weights": anatomy.total_parameters * size}
-    if wants.of_weights:
+    if any(observer.needs_weight_gradients for observer in observers):
         memory["weight gradients"] = prunable * size
-    if Wants.FISHER in wants:
+    if any(isinstance(observer, Fisher) for observer in observers):
         memory["squared gradients"] = prunable * (4 + size)
-    if Wants.GRAM in wants:
-        memory["Gram matrices"] = sum(4 * _columns(group) ** 2 for group in anatomy.groups)
-    batch = 1 if Wants.FISHER in wants else settings.micro_batch_size
+    if any(isinstance(observer, Gram) for observer in observers):
+        memory["Gram matrices"] = sum(4 * width**2 for width in _columns(axes))
+    one_by_one = any(observer.sees_single_windows for observer in observers)
+    batch = 1 if one_by_one else settings.micro_batch_size
     tokens = settings.window_length * (batch or max(1, 2048 // settings.window_length))
-    hidden = model.config.hidden_size
+    hidden = anatomy.hidden_size
     per_layer = [
-        sum(3 * _columns(group) for group in anatomy.of_layer(i)) + 8 * hidden
+        sum(3 * width for width in _columns(anatomy.of_layer(i))) + 8 * hidden
         for i in range(len(anatomy.layers))
     ]
-    if not wants.backward:
+    if not any(observer.needs_backward for observer in observers):
         kept = max(per_layer)
     elif settings.gradient_checkpointing:
         kept = hidden * len(per_layer) + max(per_layer)
     else:
         kept = sum(per_layer)
-    logits = model.config.vocab_size * size * 2  # and their gradient
+    logits = config.vocab_size * size * 2  # and their gradient
     memory["activations of a micro-batch"] = tokens * (kept * size + logits)
     return memory
 
 
-def _step_flops(anatomy: Anatomy, model, settings, wants: Wants, share: float) -> float:
+def _step_flops(
+    anatomy: Anatomy, settings: PruneSettings, observers: Sequence[Observer], share: float
+) -> float:
     tokens = settings.windows * settings.window_length
-    head = model.config.vocab_size * model.config.hidden_size
+    head = _config(anatomy).vocab_size * anatomy.hidden_size
     through = anatomy.layer_parameters * share + head
-    passes = 2 if wants.backward else 1
+    passes = 2 if any(observer.needs_backward for observer in observers) else 1
     flops = 2.0 * tokens * through * passes
-    if wants.of_weights:
+    if any(observer.needs_weight_gradients for observer in observers):
         flops += 2.0 * tokens * anatomy.layer_parameters * share
-    if Wants.GRAM in wants:
-        widths = [_columns(group) * share for group in anatomy.groups]
+    if any(isinstance(observer, Gram) for observer in observers):
+        widths = [width * share for width in _columns(_axes(anatomy, settings))]
         flops += sum(1.25 * tokens * width**2 + width**3 for width in widths)
     return flops
 
 
-def _columns(group) -> int:
-    return group.output.index_UK.numel()
+def _config(anatomy: Anatomy) -> Any:
+    model: Any = anatomy.model
+    return model.config
+
+
+def _axes(anatomy: Anatomy, settings: PruneSettings) -> list[Axis]:
+    return anatomy.of_kinds({kind for name in settings.cut for kind in CUTS[name]})
+
+
+def _columns(axes: Iterable[Axis]) -> list[int]:
+    """Inputs of each output projection that the axes have units in."""
+    found = {axis.projection: axis.output.tensor.shape[1] for axis in axes if axis.output}
+    return list(found.values())
 
 
 def _throughput(dtype: torch.dtype, device: str) -> float:

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .model.anatomy import WIDTH_OF, Anatomy
+from .model.anatomy import Anatomy
+from .model.axes import AxisKey
+from .model.budget import parameters_by_part
+from .model.edits import Cut, Edit
 from .settings import PruneSettings
 
-GroupKey = tuple[int, str]
 PRUNING_FILE = "pruning.json"
 
 
@@ -21,14 +23,23 @@ class Size:
 
     total: int
     decoder_layers: int
+    layers: list[int] = field(default_factory=list)
+    """Of each decoder layer; empty in records of earlier versions."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """Of attention, MLPs, embeddings and so on; they add up to the total."""
 
     @classmethod
     def of(cls, anatomy: Anatomy) -> Size:
-        return cls(anatomy.total_parameters, anatomy.layer_parameters)
+        return cls(
+            anatomy.total_parameters,
+            anatomy.layer_parameters,
+            anatomy.parameters_of_layers,
+            parameters_by_part(anatomy),
+        )
 
     @property
     def other(self) -> int:
-        """Embeddings, final norm and head: what is never cut."""
+        """Embeddings, final norm and head."""
         return self.total - self.decoder_layers
 
 
@@ -44,6 +55,19 @@ class StepRecord:
     widths: list[dict[str, int]]
     seconds: dict[str, float]
 
+    @classmethod
+    def of(cls, step: Any) -> StepRecord:
+        """Of a `PruningStep`."""
+        return cls(
+            step.step,
+            step.anatomy.total_parameters,
+            step.loss,
+            step.layer_importance,
+            step.layer_distance,
+            step.anatomy.widths,
+            step.seconds,
+        )
+
 
 @dataclass
 class PruningResult:
@@ -58,8 +82,11 @@ class PruningResult:
     after: Size
     widths_before: list[dict[str, int]]
     widths_after: list[dict[str, int]]
-    kept: dict[GroupKey, Tensor]
-    """Per group, the units that stayed, as indices into the units before pruning, ascending."""
+    """As `widths_before`, layer for layer; 0 for those that are gone."""
+    layers: list[int]
+    """Numbers, in the model before pruning, of the decoder layers that are left."""
+    edits: list[Edit]
+    """What was done to its structure, in order, from the model before pruning on."""
     steps: list[StepRecord] = field(default_factory=list)
     seconds: float = 0.0
     measurements: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -76,20 +103,24 @@ class PruningResult:
         """Share of the decoder layers' parameters that was removed."""
         return 1 - self.after.decoder_layers / self.before.decoder_layers
 
-    def record(self) -> dict[str, Any]:
-        """What was cut, as it is written to pruning.json."""
-        layers: dict[str, dict[str, Any]] = {}
-        for (layer, kind), kept in self.kept.items():
-            units = self.widths_before[layer][WIDTH_OF[kind]]
-            layers.setdefault(str(layer), {})[kind] = {"units": units, "kept": kept.tolist()}
+    @property
+    def kept(self) -> dict[AxisKey, Tensor]:
+        """Per axis that was cut, the units that stayed, as indices into those before pruning."""
+        cuts = [edit for edit in self.edits if isinstance(edit, Cut)]
         return {
-            "format": 1,
+            key: keep_U.nonzero().flatten() for cut in cuts[:1] for key, keep_U in cut.keep.items()
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What was done, as it is written to pruning.json."""
+        return {
+            "format": 2,
             "target_parameters": self.target,
             "sparsity": self.sparsity,
             "before": asdict(self.before),
             "after": asdict(self.after),
             "settings": self.settings.model_dump(mode="json"),
-            "layers": layers,
+            "edits": [edit.record() for edit in self.edits],
             "previous": self.previous,
         }
 

@@ -1,78 +1,67 @@
-"""Settings of pruning and of evaluation. Each default, limit and description stands here and
-nowhere else: the command line, recipe files and the documentation take them from these fields."""
+"""Settings that all pruning methods share, and those of evaluation. Each default, limit and
+description stands here, or beside the method that has it, and nowhere else: the command line,
+recipe files and the documentation take them from these fields."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import InvalidSettings, near_match
-from .score.collect import Distance
+from .model.axes import CUTS
 from .score.importance import IMPORTANCES
 
-ImportanceName = Literal[tuple(IMPORTANCES)]  # pyright: ignore[reportInvalidTypeForm]
-Preset = Literal["best", "paper"]
+
+@dataclass(frozen=True)
+class OneOf:
+    """A name from a table that other packages may add to."""
+
+    table: Mapping[str, Any]
+
+    def __call__(self, name: str) -> str:
+        if name not in self.table:
+            raise ValueError(f"there is no '{name}'{_hint(name, self.table)}")
+        return name
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    return f".{near_match(name, known)} Known: {', '.join(known)}"
+
+
+_importance, _cut = OneOf(IMPORTANCES), OneOf(CUTS)
+ImportanceName = Annotated[str, AfterValidator(_importance), _importance]
+CutName = Annotated[str, AfterValidator(_cut), _cut]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class PruneSettings(BaseModel):
-    """How a model is pruned. The defaults are the preset `best`."""
+    """What every pruning method is told. Methods add settings of their own, and other defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Annotated[Literal["adapt-pruner"], Field(description="Pruning method.")] = (
-        "adapt-pruner"
-    )
-    importance: Annotated[
-        ImportanceName,  # pyright: ignore[reportInvalidTypeForm]
-        Field(description="Score of a unit: how much worse the model gets without it."),
-    ] = "residual-fisher"
-    allocation: Annotated[
-        Literal["adaptive", "global"],
-        Field(
-            description="What each layer gives up: by layer importance (the paper's rule, eq. 6) "
-            "or by one ranking of importance per parameter over all layers."
-        ),
-    ] = "global"
-    compensation: Annotated[
-        Literal["none", "refit"],
-        Field(description="Refit output projections on the units that stay, in closed form."),
-    ] = "refit"
-    ridge: Annotated[
-        float,
-        Field(
-            gt=0,
-            description="Strength of the refit's pull to the present weights; residual-fisher "
-            "scores assume the same.",
-        ),
-    ] = 0.01
-    steps: Annotated[
-        int,
-        Field(
-            ge=1,
-            description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
-            "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
-        ),
-    ] = 10
-    amplitude: Annotated[
-        float,
-        Field(ge=0, description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
-    ] = 0.02
-    distance: Annotated[Distance, Field(description="How far a layer moves its input (eq. 3).")] = (
-        Distance.COSINE
-    )
+    method: Annotated[str, Field(description="Pruning method; `adapt-pruner methods` lists them.")]
 
-    prune: Annotated[
-        Literal["all", "mlp", "attention"], Field(description="Which parts may be cut.")
-    ] = "all"
+    cut: Annotated[
+        tuple[CutName, ...],
+        Field(
+            min_length=1,
+            description="What may be cut: " + ", ".join(CUTS) + ", with commas.",
+        ),
+    ] = ("neurons", "kv-groups")
     protect_layers: Annotated[
         tuple[int, ...],
         Field(description="Decoder layers that stay whole, such as 0,1,-1 (-1 is the last)."),
     ] = ()
     multiple: Annotated[
         int,
-        Field(ge=1, description="Round MLP widths to a multiple (hardware, quantisation)."),
+        Field(
+            ge=1,
+            description="Round MLP widths and the hidden size to a multiple (hardware, "
+            "quantisation).",
+        ),
     ] = 1
     layout: Annotated[
         Literal["per-layer", "uniform"],
@@ -196,46 +185,18 @@ class BenchSettings(BaseModel):
     device: Device = "auto"
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "best": {},
-    "paper": {
-        "importance": "taylor",
-        "allocation": "adaptive",
-        "compensation": "none",
-        "steps": 50,
-        "amplitude": 0.02,
-        "distance": "cosine",
-        "windows": 512,
-        "window_length": 64,
-    },
-}
-
-
-def make_settings(preset: str = "best", **values: Any) -> PruneSettings:
-    """Take a preset and override some of its values.
-
-    Raises:
-        InvalidSettings: for an unknown preset or setting (with the nearest name) or a bad value.
-    """
-    if preset not in PRESETS:
-        raise InvalidSettings(
-            f"There is no preset '{preset}'.{near_match(preset, PRESETS)} "
-            f"Known: {', '.join(PRESETS)}."
-        )
-    return _make(PruneSettings, {**PRESETS[preset], **values})
-
-
 def make_evaluation_settings(**values: Any) -> EvaluationSettings:
     """Build settings of an evaluation from single values. Raises as `make_settings`."""
-    return _make(EvaluationSettings, values)
+    return checked(EvaluationSettings, values)
 
 
 def make_bench_settings(**values: Any) -> BenchSettings:
     """Build settings of `adapt-pruner bench` from single values. Raises as `make_settings`."""
-    return _make(BenchSettings, values)
+    return checked(BenchSettings, values)
 
 
-def _make(settings: type[Settings], values: dict[str, Any]) -> Settings:
+def checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
+    """Build settings from single values. Raises InvalidSettings about the first that is wrong."""
     try:
         return settings(**values)
     except ValidationError as error:
@@ -245,9 +206,12 @@ def _make(settings: type[Settings], values: dict[str, Any]) -> Settings:
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     """One sentence about the first problem that pydantic found."""
     problem = error.errors()[0]
-    if problem["type"] == "value_error":  # of several settings together
-        return f"{problem['msg'].removeprefix('Value error, ')}; got {problem['input']}."
     name = ".".join(map(str, problem["loc"][:1]))
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        if name:
+            return f"{name}: {message}."
+        return f"{message}; got {problem['input']}."  # of several settings together
     if problem["type"] == "extra_forbidden":
         return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
     return f"{name}: {problem['msg']}; got {problem['input']!r}."

@@ -1,55 +1,64 @@
-"""How many units each group gives up, in exact parameter arithmetic.
+"""Which units leave first, and how many parameters are left when they do.
 
-Units leave a group in a fixed order, least important first. A `Chain` is such an order, cut into
+Units leave an axis in a fixed order, least important first. A `Chain` is such an order, cut into
 blocks that leave together: one unit, or as many as a width multiple asks for, or one of every layer
-for a uniform layout. Every rule here decides only how many blocks of each chain go.
+for a uniform layout, or one query head of every KV group. All rules decide only how many blocks of
+each chain go; `Removal` keeps the account of that, exact for any mix of axes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidTarget
-from ..model.anatomy import ATTENTION, Anatomy, Group
+from ..model.anatomy import Anatomy
+from ..model.axes import (
+    HIDDEN,
+    KV_GROUPS,
+    LAYERS,
+    NEURONS,
+    QUERY_HEADS,
+    Axis,
+    AxisKey,
+    heads_fit,
+)
 
-GroupKey = tuple[int, str]
+Scores = Mapping[AxisKey, Tensor]
 
 
 @dataclass(frozen=True)
 class Limits:
     """What may be cut."""
 
-    kinds: frozenset[str] = frozenset({"attention", "mlp"})
+    kinds: frozenset[str] = frozenset({KV_GROUPS, NEURONS})
+    """Kinds of axes."""
     protected_layers: frozenset[int] = frozenset()
     multiple: int = 1
-    """MLP widths stay multiples of this."""
+    """MLP widths and the hidden size stay multiples of this."""
     uniform: bool = False
     """All layers keep equal widths."""
 
-    def allows(self, group: Group) -> bool:
-        return group.kind in self.kinds and group.layer not in self.protected_layers
-
-    def multiple_of(self, group: Group) -> int:
-        return 1 if group.kind == ATTENTION else self.multiple
+    def axes(self, anatomy: Anatomy) -> list[Axis]:
+        """The axes that may be cut."""
+        allowed = anatomy.of_kinds(self.kinds)
+        return [axis for axis in allowed if axis.layer not in self.protected_layers]
 
 
 @dataclass
 class Chain:
-    """Blocks of units in the order in which they leave, of one group or of one kind in all layers.
+    """Blocks of units in the order in which they leave, of one axis or of one kind in all layers.
 
-    Block b takes `sizes[b]` units from every member group.
+    Block b takes `sizes[b]` units from every stratum of every member.
     """
 
-    members: list[GroupKey]
+    members: list[Axis]
     width: int
-    """Units of one member before anything leaves."""
-    unit_cost: int
-    """Parameters of one unit, summed over the members."""
+    """Size of one member before anything leaves."""
     sizes: Tensor
     """(blocks,) int64"""
     density: Tensor
@@ -57,11 +66,13 @@ class Chain:
     removed: int = 0
 
     @property
-    def num_units_removed(self) -> int:
-        return int(self.sizes[: self.removed].sum())
+    def keys(self) -> list[AxisKey]:
+        return [axis.key for axis in self.members]
 
-    def cost(self, block: int) -> int:
-        return int(self.sizes[block]) * self.unit_cost
+    @property
+    def num_units_removed(self) -> int:
+        """Of every stratum of every member."""
+        return int(self.sizes[: self.removed].sum())
 
     def remove_down_to(self, width: int) -> None:
         """Remove the fewest blocks that leave at most `width` units, or all that may go."""
@@ -70,228 +81,198 @@ class Chain:
         self.removed = min(needed, len(self.sizes))
 
 
-def build_chains(
-    groups: Sequence[Group], scores: dict[GroupKey, Tensor], limits: Limits
-) -> list[Chain]:
-    """Order the units of every group that may be cut. Each group keeps at least one KV group, or
-    one multiple of neurons."""
-    allowed = [group for group in groups if limits.allows(group)]
+class Removal:
+    """What all chains give up together, and the parameters that are left."""
+
+    def __init__(self, anatomy: Anatomy, chains: Sequence[Chain]):
+        self.anatomy, self.chains = anatomy, list(chains)
+
+    @property
+    def sizes(self) -> dict[AxisKey, int]:
+        """Of every axis of the model."""
+        sizes = self.anatomy.sizes
+        for chain in self.chains:
+            left = chain.width - chain.num_units_removed
+            sizes.update(dict.fromkeys(chain.keys, left))
+        return sizes
+
+    @property
+    def parameters(self) -> int:
+        return self.anatomy.parameters(self.sizes)
+
+    def cost(self, chain: Chain, block: int, sizes: Mapping[AxisKey, int] | None = None) -> int:
+        """Parameters that come or go with a block that is next to leave or last to have left."""
+        sizes = sizes or self.sizes
+        units, left = int(chain.sizes[block]), sizes[chain.keys[0]]
+        other = left - units if block == chain.removed else left + units
+        changed = {**sizes, **dict.fromkeys(chain.keys, other)}
+        count = self.anatomy.count
+        return abs(count.touching(chain.keys, changed) - count.touching(chain.keys, sizes))
+
+    def keep_masks(self, scores: Scores) -> dict[AxisKey, Tensor]:
+        """(U,) bool on the CPU for every axis that loses units: False for its lowest scores."""
+        masks = {}
+        for chain in self.chains:
+            for axis in chain.members if chain.removed else ():
+                order = torch.argsort(_strata(axis, scores[axis.key].cpu()), dim=1, stable=True)
+                mask = torch.ones(order.shape, dtype=torch.bool)
+                mask.scatter_(1, order[:, : chain.num_units_removed], False)
+                masks[axis.key] = mask.flatten()
+        return masks
+
+
+def _strata(axis: Axis, values_U: Tensor) -> Tensor:
+    """(strata, size)"""
+    return values_U.view(axis.strata, axis.size)
+
+
+def build_chains(anatomy: Anatomy, scores: Scores, limits: Limits) -> list[Chain]:
+    """Order the units of every axis that may be cut. One unit, or multiple, of each width stays,
+    and the layer that scores highest, whatever else goes."""
+    axes = _without_last_layer(limits.axes(anatomy), scores)
     if not limits.uniform:
-        return [_chain([group], scores, limits) for group in allowed]
-    by_kind = {kind: [g for g in allowed if g.kind == kind] for kind in sorted(limits.kinds)}
-    for kind, members in by_kind.items():
-        widths = {group.num_units for group in members}
+        return [_chain([axis], scores, limits, anatomy) for axis in axes]
+    by_kind: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_kind.setdefault(axis.kind, []).append(axis)
+    chains = []
+    for kind, members in sorted(by_kind.items()):
+        widths = {axis.size for axis in members}
         if len(widths) > 1:
             raise InvalidTarget(
-                f"A uniform layout needs layers of equal {kind} width to start from; "
-                f"got widths {sorted(widths)}. Use --layout per-layer."
+                f"A uniform layout needs layers of equal {kind} to start from; "
+                f"got {sorted(widths)}. Use --layout per-layer."
             )
-    return [_chain(members, scores, limits) for members in by_kind.values() if members]
+        groups = [[axis] for axis in members] if kind == LAYERS else [members]
+        chains += [_chain(group, scores, limits, anatomy) for group in groups]
+    return chains
 
 
-def _chain(members: list[Group], scores: dict[GroupKey, Tensor], limits: Limits) -> Chain:
-    width, multiple = members[0].num_units, limits.multiple_of(members[0])
-    # The first block brings an odd width down to a multiple; the last multiple stays.
-    odd = [width % multiple] if width > multiple and width % multiple else []
-    sizes = torch.tensor(odd + [multiple] * max(width // multiple - 1, 0), dtype=torch.int64)
-    if limits.uniform and members[0].kind == ATTENTION:
-        sizes = -torch.tensor(members[0].uniform_widths, dtype=torch.int64).diff()
-    unit_cost = sum(group.unit_cost for group in members)
-    ascending_U = torch.stack([scores[g.key].double().cpu().sort().values for g in members]).sum(0)
+def _without_last_layer(axes: list[Axis], scores: Scores) -> list[Axis]:
+    """Leave out the parts of one layer, so that a model of some layer that attends remains."""
+    present = [axis for axis in axes if axis.is_presence]
+    if not present:
+        return axes
+    layers = [axis for axis in present if axis.kind == LAYERS] or present
+    best = max(layers, key=lambda axis: float(scores[axis.key].sum())).layer
+    return [axis for axis in axes if not (axis.is_presence and axis.layer == best)]
+
+
+def _chain(members: list[Axis], scores: Scores, limits: Limits, anatomy: Anatomy) -> Chain:
+    axis = members[0]
+    sizes = _block_sizes(axis, limits, anatomy)
+    unit_cost = sum(member.unit_cost * member.strata for member in members)
+    sums = [_strata(m, scores[m.key].double().cpu()).sort(dim=1).values.sum(dim=0) for m in members]
+    ascending = torch.stack(sums).sum(dim=0)
     ends = torch.cumsum(sizes, dim=0)
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), ascending_U.cumsum(0)])
-    density = (sums[ends] - sums[ends - sizes]) / (sizes * unit_cost)
+    running = torch.cat([torch.zeros(1, dtype=torch.float64), ascending.cumsum(0)])
+    density = (running[ends] - running[ends - sizes]) / (sizes * unit_cost)
     if len(density):
         density = torch.cummax(density, dim=0).values  # rounding must not reorder blocks
-    return Chain([group.key for group in members], width, unit_cost, sizes, density)
+    return Chain(members, axis.size, sizes, density)
 
 
-def removed_parameters(chains: Sequence[Chain]) -> int:
-    """Parameters in the blocks that the chains have given up."""
-    return sum(chain.num_units_removed * chain.unit_cost for chain in chains)
+def _block_sizes(axis: Axis, limits: Limits, anatomy: Anatomy) -> Tensor:
+    """Units of each block, in the order in which blocks leave."""
+    if axis.is_presence:
+        return torch.ones(1, dtype=torch.int64)
+    if limits.uniform and axis.kind in (KV_GROUPS, QUERY_HEADS):
+        widths = _uniform_widths(axis, limits, anatomy)
+        return -torch.tensor(widths, dtype=torch.int64).diff()
+    multiple = limits.multiple if axis.kind in (NEURONS, HIDDEN) else 1
+    if limits.uniform and axis.kind == HIDDEN:
+        multiple = math.lcm(multiple, *_head_counts(anatomy))
+    width = axis.size
+    # The first block brings an odd width down to a multiple; the last multiple stays.
+    odd = [width % multiple] if width > multiple and width % multiple else []
+    return torch.tensor(odd + [multiple] * max(width // multiple - 1, 0), dtype=torch.int64)
 
 
-def removable_parameters(chains: Sequence[Chain]) -> int:
-    """Parameters in all blocks that the chains could give up."""
-    return sum(int(chain.sizes.sum()) * chain.unit_cost for chain in chains)
+def _head_counts(anatomy: Anatomy) -> set[int]:
+    counts = {widths.get("num_attention_heads", 0) for widths in anatomy.widths}
+    return {count for count in counts if heads_fit(anatomy.hidden_size, count)}
 
 
-def remove_ranked(chains: Sequence[Chain], needed: int) -> None:
-    """Remove blocks of lowest importance per parameter, whatever their layer and kind, until at
-    least `needed` parameters are gone in all; then give back what was too much (`tighten`)."""
-    removed = removed_parameters(chains)
-    if removed < needed:
+def _uniform_widths(axis: Axis, limits: Limits, anatomy: Anatomy) -> list[int]:
+    """Sizes that all layers may have alike, from the present one down: head counts of the whole
+    model have to divide the hidden size."""
+    widths = range(axis.size - 1, 0, -1)
+    if limits.kinds.intersection({KV_GROUPS, QUERY_HEADS, HIDDEN}) == {axis.kind}:
+        heads = anatomy.widths[axis.layer]["num_attention_heads"] // axis.size
+        fitting = [width for width in widths if heads_fit(anatomy.hidden_size, width * heads)]
+    else:
+        fitting = [width for width in widths if axis.size % width == 0]
+    return [axis.size, *fitting]
+
+
+def remove_ranked(removal: Removal, target: int) -> None:
+    """Remove blocks of lowest importance per parameter, whatever their axis, until at most `target`
+    parameters are left; then give back what was too much (`tighten`)."""
+    chains = removal.chains
+    if removal.parameters > target:
+        before = [chain.removed for chain in chains]
         ids = torch.cat([torch.full((len(c.sizes) - c.removed,), i) for i, c in enumerate(chains)])
         density = torch.cat([chain.density[chain.removed :] for chain in chains])
-        costs = torch.cat([chain.sizes[chain.removed :] * chain.unit_cost for chain in chains])
-        order = torch.argsort(density, stable=True)
-        total = removed + torch.cumsum(costs[order], dim=0)
-        if not len(total) or int(total[-1]) < needed:
-            raise InvalidTarget(f"Only {int(costs.sum()) + removed:,} parameters can be removed.")
-        count = int((total < needed).sum()) + 1
-        for i, extra in enumerate(torch.bincount(ids[order[:count]], minlength=len(chains))):
-            chains[i].removed += int(extra)
-    tighten(chains, needed)
+        ids = ids[torch.argsort(density, stable=True)]
+
+        def remove(count: int) -> int:
+            extra = torch.bincount(ids[:count], minlength=len(chains)).tolist()
+            for chain, start, more in zip(chains, before, extra, strict=True):
+                chain.removed = start + more
+            return removal.parameters
+
+        if remove(len(ids)) > target:
+            raise InvalidTarget(f"At least {removal.parameters:,} parameters stay.")
+        low, high = 0, len(ids)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if remove(middle) > target else (low, middle)
+        remove(high)
+    tighten(removal, target)
 
 
-def tighten(chains: Sequence[Chain], needed: int) -> None:
-    """Give back the most important blocks that were removed beyond `needed`.
+def tighten(removal: Removal, target: int) -> None:
+    """Give back the most important blocks that were removed beyond `target`.
 
     Afterwards fewer parameters too many are gone than one block has: one unit, or one multiple.
     """
-    surplus = removed_parameters(chains) - max(needed, 0)
+    surplus = target - removal.parameters
     while True:
-        fitting = [c for c in chains if c.removed and c.cost(c.removed - 1) <= surplus]
+        sizes = removal.sizes
+        fitting = [
+            chain
+            for chain in removal.chains
+            if chain.removed and removal.cost(chain, chain.removed - 1, sizes) <= surplus
+        ]
         if not fitting:
             break
-        best = max(fitting, key=lambda c: float(c.density[c.removed - 1]))
+        best = max(fitting, key=lambda chain: float(chain.density[chain.removed - 1]))
+        surplus -= removal.cost(best, best.removed - 1, sizes)
         best.removed -= 1
-        surplus -= best.cost(best.removed)
     if surplus:
-        _exchange_coarse_block(chains, surplus)
+        _exchange_coarse_block(removal, target, surplus)
 
 
-def _exchange_coarse_block(chains: Sequence[Chain], surplus: int) -> None:
+def _exchange_coarse_block(removal: Removal, target: int, surplus: int) -> None:
     """Where only coarse blocks (KV groups) went and the surplus is more than a finer one, give one
     of them back for finer ones, if that leaves less surplus."""
-    finer = [c for c in chains if c.removed < len(c.sizes) and c.cost(c.removed) <= surplus]
-    coarse = [c for c in chains if c.removed]
+    chains, sizes = removal.chains, removal.sizes
+    finer = [
+        chain
+        for chain in chains
+        if chain.removed < len(chain.sizes) and removal.cost(chain, chain.removed, sizes) <= surplus
+    ]
+    coarse = [chain for chain in chains if chain.removed]
     if not finer or not coarse:
         return
     before = [chain.removed for chain in chains]
-    returned = max(coarse, key=lambda c: float(c.density[c.removed - 1]))
+    returned = max(coarse, key=lambda chain: float(chain.density[chain.removed - 1]))
+    left = surplus - removal.cost(returned, returned.removed - 1)
     returned.removed -= 1
-    left = surplus - returned.cost(returned.removed)
     while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
-        cheapest = min(open_, key=lambda c: float(c.density[c.removed]))
-        left += cheapest.cost(cheapest.removed)
+        cheapest = min(open_, key=lambda chain: float(chain.density[chain.removed]))
+        left += removal.cost(cheapest, cheapest.removed)
         cheapest.removed += 1
     if not 0 <= left < surplus:
         for chain, removed in zip(chains, before, strict=True):
             chain.removed = removed
-
-
-def keep_masks(chains: Sequence[Chain], scores: dict[GroupKey, Tensor]) -> dict[GroupKey, Tensor]:
-    """(U,) bool on the CPU for every group that loses units: False for its lowest scores."""
-    masks = {}
-    for chain in chains:
-        if chain.removed:
-            for key in chain.members:
-                order_U = torch.argsort(scores[key].cpu(), stable=True)
-                mask_U = torch.ones(chain.width, dtype=torch.bool)
-                mask_U[order_U[: chain.num_units_removed]] = False
-                masks[key] = mask_U
-    return masks
-
-
-def sizes_after_steps(anatomy: Anatomy, target: int, steps: int) -> list[int]:
-    """Parameters of the whole model after each step: every step leaves the decoder layers the same
-    share of what they had, and the last one meets `target`.
-
-    With 400 parameters, all of them in decoder layers, 100 are reached in two steps by 200, 100.
-    """
-    start, other = anatomy.layer_parameters, anatomy.other_parameters
-    share = (target - other) / start
-    return [other + round(start * share ** (i / steps)) for i in range(1, steps)] + [target]
-
-
-class AdaptiveSchedule:
-    """Sparsity per layer, raised step by step (Adapt-Pruner, eq. 6 and algorithm 1).
-
-    Each step adds 1 / steps to the sparsity of every layer, minus amplitude * layer importance; so
-    less important layers lose more. Sparsities refer to the original widths, and attention and MLP
-    of a layer share theirs. The step that would pass the target is shortened to meet it.
-    """
-
-    def __init__(self, anatomy: Anatomy, steps: int, amplitude: float):
-        self.increment, self.amplitude = 1 / steps, amplitude
-        self.sparsity = [0.0] * len(anatomy.layers)
-        self.original_widths = {group.key: group.num_units for group in anatomy.groups}
-        self.steps_left = 10 * steps
-
-    def advance(
-        self, chains: Sequence[Chain], needed: int, importance: Sequence[float], uniform: bool
-    ) -> bool:
-        """Set what the chains remove in this step. Returns whether `needed` is met, exactly."""
-        start = self.sparsity
-        end = [
-            min(max(s + self.increment - self.amplitude * value, 0.0), 0.99)
-            for s, value in zip(start, importance, strict=True)
-        ]
-        if uniform:
-            end = [math.fsum(end) / len(end)] * len(end)
-        self.steps_left -= 1
-        self._apply(chains, end)
-        self.sparsity = end
-        if removed_parameters(chains) < needed:
-            if self.steps_left > 0 and end != start and any(s < 0.99 for s in end):
-                return False
-            remove_ranked(chains, needed)  # every layer is as sparse as the rule can make it
-            return True
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            self._apply(chains, _between(start, end, middle))
-            low, high = (middle, high) if removed_parameters(chains) < needed else (low, middle)
-        self.sparsity = _between(start, end, high)
-        self._apply(chains, self.sparsity)
-        tighten(chains, needed)
-        return True
-
-    def _apply(self, chains: Sequence[Chain], sparsity: Sequence[float]) -> None:
-        for chain in chains:
-            layer, _ = key = chain.members[0]
-            width = self.original_widths[key] * (1 - sparsity[layer])
-            chain.remove_down_to(math.floor(width + 1e-9))
-
-
-def _between(start: Sequence[float], end: Sequence[float], t: float) -> list[float]:
-    return [a + t * (b - a) for a, b in zip(start, end, strict=True)]
-
-
-def resolve_target(anatomy: Anatomy, sparsity: float | None, params: int | None) -> int:
-    """Return the largest parameter count allowed for the whole model.
-
-    Exactly one of the two is given: `sparsity`, the fraction of the decoder layers' parameters to
-    remove, in [0, 1); or `params`, of the whole model with embeddings.
-
-    Raises:
-        InvalidTarget: if the target is missing, doubled, malformed or above the present size.
-    """
-    if (sparsity is None) == (params is None):
-        raise InvalidTarget("Give the target once: --sparsity 0.2, or --params 350M.")
-    if sparsity is not None:
-        if not 0 <= sparsity < 1:
-            hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
-            raise InvalidTarget(
-                "sparsity is the share of the decoder layers' parameters to remove, in [0, 1); "
-                f"got {sparsity:g}.{hint}"
-            )
-        return anatomy.total_parameters - math.ceil(sparsity * anatomy.layer_parameters - 1e-6)
-    assert params is not None
-    if params > anatomy.total_parameters:
-        raise InvalidTarget(
-            f"The target of {params:,} parameters is above the model's {anatomy.total_parameters:,}"
-            ". Name a smaller one."
-        )
-    return params
-
-
-def smallest_size(anatomy: Anatomy, limits: Limits) -> int:
-    """Parameters of the whole model with every layer at its smallest width."""
-    zeros = {group.key: torch.zeros(group.num_units) for group in anatomy.groups}
-    chains = build_chains(anatomy.groups, zeros, limits)
-    return anatomy.total_parameters - removable_parameters(chains)
-
-
-def check_reachable(anatomy: Anatomy, target: int, limits: Limits) -> None:
-    """Raise InvalidTarget if cutting all that may be cut does not reach `target` parameters."""
-    smallest = smallest_size(anatomy, limits)
-    if target < smallest:
-        sparsity = (anatomy.total_parameters - smallest) / anatomy.layer_parameters
-        raise InvalidTarget(
-            f"The target of {target:,} parameters is below what is possible: with every layer at "
-            f"its smallest width the model has {smallest:,} (sparsity {sparsity:.4f}), of which "
-            f"{anatomy.other_parameters:,} are outside the decoder layers and never cut. Name a "
-            "larger target, or allow more to be cut."
-        )

@@ -10,13 +10,13 @@ import click
 from ..recovery.settings import RecoverySettings, make_recovery_settings
 from .options import (
     Count,
+    MethodCommand,
     named_model,
     options_of,
     own_values,
     read_recipe,
     resolve_settings,
     run_options,
-    settings_options,
 )
 
 RECIPE_KEYS = {
@@ -33,7 +33,7 @@ RECIPE_KEYS = {
 }
 
 
-@click.command("accel")
+@click.command("accel", cls=MethodCommand)
 @run_options
 @click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
 @click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
@@ -55,7 +55,6 @@ RECIPE_KEYS = {
     help="For --dry-run: what a GPU really does in training.",
 )  # fmt: skip
 @options_of(RecoverySettings)
-@settings_options
 def command(
     model: str | None,
     output: Path | None,
@@ -80,7 +79,7 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
     said_of_run = {key: said.get(key) for key in RECIPE_KEYS}
     own = {key: options.pop(key) for key in RECIPE_KEYS if key not in ("model", "preset")}
-    preset = options.pop("preset")
+    preset = options.pop("preset", None)
     how = {
         name: options.pop(name)
         for name in (

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Interrupted, InvalidSettings, WritingError
+from ..methods import DEFAULT_METHOD, method_named
 from ..settings import EvaluationSettings, make_evaluation_settings
-from .options import Names, Numbers, options_of, settings_options
+from .options import Names, Numbers, options_of
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
@@ -64,7 +65,7 @@ SHARED = ("dtype", "device", "device_map", "text_column")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the table.")
 @options_of(EvaluationSettings, only=MEASURE)
-@settings_options
+@options_of(method_named(DEFAULT_METHOD).settings, leave_out=("method",))
 def command(
     model: str,
     output: Path,
@@ -89,8 +90,8 @@ def command(
     """
     from ..comparison import ComparisonRequest, compare
     from ..comparison.variants import (
-        DEFAULT_METHODS,
-        METHODS,
+        DEFAULT_VARIANTS,
+        all_variants,
         make_variants,
         parse_sweep,
         read_methods,
@@ -100,7 +101,7 @@ def command(
     from . import console
 
     own = read_methods(variants) if variants else {}
-    names = methods or tuple(own) or DEFAULT_METHODS
+    names = methods or tuple(own) or DEFAULT_VARIANTS
     measure = {name: options.pop(name) for name in MEASURE}
     asked = {name: options.pop(name) for name in ("text", "suite", "tasks", "task_data")}
     trust = options.pop("trust_remote_code")
@@ -114,7 +115,7 @@ def command(
         model=model,
         variants=make_variants(
             names,
-            {**METHODS, **own},
+            all_variants(own),
             map(parse_sweep, vary),
             {**default_calibration(model), **given},
         ),

@@ -22,10 +22,10 @@ def command(output: Path, sparsity: float, seed: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..evaluation import compare_speed
+    from ..methods import make_settings
     from ..model.loading import EMBEDDED_MODEL, load_model
     from ..result import PRUNING_FILE
     from ..run import Request, default_calibration, run_pruning
-    from ..settings import make_settings
     from . import console
 
     console.hush_libraries()

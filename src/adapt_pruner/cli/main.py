@@ -24,6 +24,7 @@ class Program(click.Group):
         "evaluate": "evaluate",
         "bench": "bench",
         "inspect": "inspect",
+        "methods": "methods",
         "compare": "compare",
         "report": "report",
         "demo": "demo",
@@ -79,7 +80,11 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except click.NoSuchOption as error:
         hint = near_match(error.option_name, error.possibilities or [])
-        _fail(f"There is no option '{error.option_name}'.{hint} --help lists them.", 2)
+        _fail(
+            f"There is no option '{error.option_name}'.{_owner(error.option_name)}{hint} --help "
+            "lists them.",
+            2,
+        )
     except click.ClickException as error:
         if debug:
             raise
@@ -99,6 +104,14 @@ def main(args: list[str] | None = None) -> None:
         if "out of memory" in text.lower() or "can't allocate memory" in text:
             _fail(f"{OUT_OF_MEMORY} ({text})", 1)
         _fail(f"Unexpected error, please report it ({text}). --debug shows where.", 1)
+
+
+def _owner(option: str) -> str:
+    """Whose setting it is, if another method has one of that name."""
+    from ..methods import owners_of
+
+    owners = owners_of(option.lstrip("-").replace("-", "_"))
+    return f" It is a setting of {', '.join(owners)}: add --method." if owners else ""
 
 
 def _fail(message: str, status: int) -> None:

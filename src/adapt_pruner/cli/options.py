@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from ..errors import InvalidSettings, near_match
 from ..files import read_yaml
-from ..settings import PRESETS, PruneSettings, make_settings
+from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
+from ..settings import OneOf, PruneSettings
 
 
 class Count(click.ParamType):
@@ -71,52 +72,117 @@ class Numbers(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Names separated by commas."""
+    """Names separated by commas, of a table if there is one."""
 
     name = "names"
 
+    def __init__(self, known: Iterable[str] = ()):
+        self.known = list(known)
+
     def convert(self, value: Any, param, ctx) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
         names = tuple(part.strip() for part in str(value).split(",") if part.strip())
         if not names:
             self.fail(f"expected names with commas; got '{value}'.", param, ctx)
+        for name in names:
+            if self.known and name not in self.known:
+                hint, known = near_match(name, self.known), ", ".join(self.known)
+                self.fail(f"there is no '{name}'.{hint} Known: {known}.", param, ctx)
         return names
 
 
-def options_of(settings: type[BaseModel], only: Sequence[str] = ()) -> Callable:
+def options_of(
+    settings: type[BaseModel], only: Sequence[str] = (), leave_out: Sequence[str] = ()
+) -> Callable:
     """A decorator that adds an option for every field of `settings`, or for `only` some of them.
     Unset options are None."""
 
     def add(command: Callable) -> Callable:
         for name, info in reversed(settings.model_fields.items()):
-            if not only or name in only:
-                command = _option(name, info)(command)
+            if (not only or name in only) and name not in leave_out:
+                click.decorators._param_memo(command, _option(name, info))
         return command
 
     return add
 
 
-settings_options = options_of(PruneSettings)
+class MethodCommand(click.Command):
+    """A command that takes the settings of one pruning method: that of --method, or of the recipe.
+
+    `--method NAME --help` shows the settings of that method and no other's.
+    """
+
+    def make_context(self, info_name, args: list[str], parent=None, **extra):
+        self.method = _named_method(args)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        method = method_named(getattr(self, "method", DEFAULT_METHOD))
+        presets = [_preset_option(method)] if method.presets else []
+        settings = [_option(name, info) for name, info in method.settings.model_fields.items()]
+        help_option = self.get_help_option(ctx)
+        return [*self.params, *presets, *settings, *([help_option] if help_option else [])]
 
 
-def _option(name: str, info: FieldInfo) -> Callable:
+def _named_method(args: Sequence[str]) -> str:
+    """The method that a command line names, before it is parsed."""
+    found = _value_of("--method", args)
+    recipe = _value_of("--recipe", args)
+    if found is None and recipe and Path(recipe).is_file():
+        said = read_yaml(Path(recipe), "recipe", InvalidSettings)
+        found = said.get("method") if isinstance(said, dict) else None
+    method = str(found or DEFAULT_METHOD)
+    method_named(method)
+    return method
+
+
+def _value_of(flag: str, args: Sequence[str]) -> str | None:
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _preset_option(method: Method) -> click.Option:
+    return click.Option(
+        ["--preset"], type=Choice(list(method.presets)), default=None,
+        show_default=next(iter(method.presets)), help="Where settings start from.",
+    )  # fmt: skip
+
+
+def _option(name: str, info: FieldInfo) -> click.Option:
     flag = "--" + name.replace("_", "-")
     default = info.default.value if isinstance(info.default, Enum) else info.default
+    if name == "method":
+        default = DEFAULT_METHOD
     shown = {(): "none", None: "automatic"}.get(default, str(default))
+    if isinstance(default, tuple) and default:
+        shown = ",".join(map(str, default))
     if "default:" in (info.description or ""):
         shown = False
     common: dict[str, Any] = {"default": None, "help": info.description}
     kind = _without_none(info.annotation)
     if kind is bool:
         shown = "yes" if default else "no"
-        return click.option(f"{flag}/--no-{flag[2:]}", show_default=shown, **common)
-    return click.option(flag, type=_type(kind), show_default=shown, **common)
+        return click.Option([f"{flag}/--no-{flag[2:]}"], show_default=shown, **common)
+    return click.Option([flag], type=_type(name, kind, info), show_default=shown, **common)
 
 
-def _type(kind: Any) -> Any:
+def _type(name: str, kind: Any, info: FieldInfo) -> Any:
+    if name == "method":
+        return Choice(list(METHODS))
+    table = next((of.table for of in info.metadata if isinstance(of, OneOf)), None)
+    if table is not None:
+        return Choice(list(table))
     if get_origin(kind) is Literal:
         return Choice([str(choice) for choice in get_args(kind)])
     if get_origin(kind) is tuple:
-        return Integers()
+        of = get_args(kind)[0]
+        tables = [table for table in getattr(of, "__metadata__", ()) if isinstance(table, OneOf)]
+        return Names(tables[0].table) if tables else Integers()
     if isinstance(kind, type) and issubclass(kind, Enum):
         return Choice([member.value for member in kind])
     return kind
@@ -145,7 +211,7 @@ def read_recipe(
         raise InvalidSettings(
             f"Recipe '{file}' must be a mapping such as `sparsity: 0.2`; got {recipe!r}."
         )
-    known = {*own}.union(*(model.model_fields for model in (PruneSettings, *more)))
+    known = {*own, *settings_fields()}.union(*(model.model_fields for model in more))
     for key, value in recipe.items():
         if key not in known:
             raise InvalidSettings(
@@ -181,28 +247,26 @@ def resolve_settings(
 ) -> PruneSettings:
     """Later ones win: the recipe's preset, `defaults`, the recipe, `preset`, the flags given.
 
-    Whatever presets can set, a `preset` from the command line sets, whatever the recipe says.
+    Whatever presets can set, a `preset` from the command line sets, whatever the recipe says. Of a
+    recipe of another method, the settings that the method named does not have are left out.
     """
-    of_presets = {name for values in PRESETS.values() for name in values} if preset else set()
-    preset = preset or str(recipe.get("preset", "best"))
-    from_recipe = {
-        k: v for k, v in recipe.items() if k in PruneSettings.model_fields and k not in of_presets
-    }
     given = {k: v for k, v in flags.items() if v is not None}
-    return make_settings(preset, **{**defaults, **from_recipe, **given})
+    method = method_named(str(given.get("method") or recipe.get("method") or DEFAULT_METHOD))
+    of_presets = (
+        {name for values in method.presets.values() for name in values} if preset else set()
+    )
+    of_another = "method" in given and given["method"] != recipe.get("method", DEFAULT_METHOD)
+    known = set(method.settings.model_fields) if of_another else settings_fields()
+    from_recipe = {k: v for k, v in recipe.items() if k in known and k not in of_presets}
+    chosen = preset or (None if of_another else recipe.get("preset"))
+    return make_settings(chosen, **{**defaults, **from_recipe, **given})
 
-
-preset_option = click.option(
-    "--preset", type=Choice(list(PRESETS)), default=None, show_default="best",
-    help="Where settings start from: what measured best, or the paper's values.",
-)  # fmt: skip
 
 _RUN_OPTIONS = (
     click.argument("model", required=False),
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write."),
     click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to cut."),
     click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M."),
-    preset_option,
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it."),
     click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and after."),
     click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map)."),

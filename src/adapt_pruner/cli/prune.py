@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from .options import (
+    MethodCommand,
     named_model,
     own_values,
     read_recipe,
     resolve_settings,
     run_options,
-    settings_options,
 )
 
 RECIPE_KEYS = {
@@ -26,9 +26,8 @@ RECIPE_KEYS = {
 }
 
 
-@click.command("prune")
+@click.command("prune", cls=MethodCommand)
 @run_options
-@settings_options
 def command(
     model: str | None,
     output: Path | None,
@@ -49,7 +48,7 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
     own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
-    preset = options.pop("preset")
+    preset = options.pop("preset", None)
     model = named_model(model or said.get("model"), output, dry_run)
     values = own_values(own, said)
     request = Request(

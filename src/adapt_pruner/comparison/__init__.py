@@ -4,4 +4,4 @@ from .grid import Comparison as Comparison
 from .grid import ComparisonListener as ComparisonListener
 from .grid import ComparisonRequest as ComparisonRequest
 from .grid import compare as compare
-from .variants import METHODS as METHODS
+from .variants import VARIANTS as VARIANTS

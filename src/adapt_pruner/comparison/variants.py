@@ -11,12 +11,19 @@ from typing import Any
 import yaml
 
 from ..errors import InvalidSettings, near_match
-from ..settings import PruneSettings, make_settings
+from ..methods import (
+    DEFAULT_METHOD,
+    METHODS,
+    make_settings,
+    method_named,
+    settings_fields,
+)
+from ..settings import PruneSettings
 
 PLAIN = {"compensation": "none", "allocation": "adaptive", "amplitude": 0.0}
 """Every layer alike, without compensation: what simple scores get."""
 
-METHODS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "best": {},
     "paper": {"preset": "paper"},
     "uniform": {"preset": "paper", "amplitude": 0.0},
@@ -24,8 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"importance": "magnitude-l2", **PLAIN},
     "random": {"importance": "random", **PLAIN},
 }
-"""Name -> settings that differ from the defaults, or from those of a `preset`."""
-DEFAULT_METHODS = ("best", "paper", "uniform", "magnitude", "random")
+"""Name -> settings that differ from the defaults, or from those of a `preset`. Every method of the
+library is a variant under its own name, too."""
+DEFAULT_VARIANTS = ("best", "paper", "uniform", "magnitude", "random")
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
         raise InvalidSettings(f"A sweep reads such as amplitude=0,0.01,0.02; got '{text}'.")
     if name == "seed":
         raise InvalidSettings("Seeds are not swept but averaged over; use --seeds.")
-    if name not in PruneSettings.model_fields:
-        hint = near_match(name, PruneSettings.model_fields)
+    if name not in settings_fields():
+        hint = near_match(name, settings_fields())
         raise InvalidSettings(f"There is no setting '{name}' to vary.{hint}")
     return name, listed
 
@@ -108,14 +116,15 @@ def make_variants(
             )
         for values in product(*(values for _, values in sweeps)):
             varied = dict(zip((setting for setting, _ in sweeps), values, strict=True))
-            chosen = {**methods[name], **(overrides or {}), **varied}
+            chosen = {**methods[name], **_that_fit(methods[name], overrides or {}), **varied}
             try:
-                settings = make_settings(str(chosen.pop("preset", "best")), **chosen)
+                settings = make_settings(chosen.pop("preset", None), **chosen)
             except InvalidSettings as error:
                 raise InvalidSettings(f"Method '{name}': {error}") from None
-            if "amplitude" in varied and settings.allocation != "adaptive":
+            allocation = getattr(settings, "allocation", "adaptive")
+            if "amplitude" in varied and allocation != "adaptive":
                 raise InvalidSettings(
-                    f"Method '{name}' has the allocation '{settings.allocation}', on which the "
+                    f"Method '{name}' has the allocation '{allocation}', on which the "
                     "amplitude has no effect; sweep it with --methods paper, or with "
                     "--allocation adaptive."
                 )
@@ -123,6 +132,17 @@ def make_variants(
             label = ", ".join([name, *(f"{k} {_written(plain[k])}" for k in varied)])
             variants.append(Variant(label, settings, tuple((k, plain[k]) for k in varied)))
     return variants
+
+
+def all_variants(own: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The names that can be compared: `own` ones, this module's, and every method's."""
+    return {**{name: {"method": name} for name in METHODS}, **VARIANTS, **own}
+
+
+def _that_fit(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings that hold for all rows, those that the method of this one has."""
+    fields = method_named(str(values.get("method", DEFAULT_METHOD))).settings.model_fields
+    return {name: value for name, value in overrides.items() if name in fields}
 
 
 def _written(value: Any) -> str:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..model.anatomy import Group
-from ..model.edits import kept_entries
+from ..model.axes import Axis, AxisKey, Slot
+from ..model.edits import Keep, entries_of
 from ..score.gram import InverseGram, factorise
+from ..score.observers import Gram
+
+
+def refit_outputs(axes: Sequence[Axis], keep: Keep, gram: Gram) -> None:
+    """Refit every output projection that is about to lose columns. Mutates the weights; the columns
+    that go are left as they are: cut afterwards."""
+    outputs: dict[AxisKey, tuple[Slot, Tensor]] = {}
+    for axis in axes:
+        if axis.output is not None and axis.key in keep:
+            width = axis.output.tensor.shape[1]
+            slot, kept_C = outputs.get(
+                axis.projection, (axis.output, torch.ones(width, dtype=torch.bool))
+            )
+            kept_C[entries_of(axis.output.index_UK, ~keep[axis.key])] = False
+            outputs[axis.projection] = slot, kept_C
+    for projection, (slot, kept_C) in outputs.items():
+        refit_output(slot.tensor, kept_C, gram.inverse(projection))
 
 
 @torch.no_grad()
-def refit_output(group: Group, keep_U: Tensor, inverse: InverseGram) -> None:
-    """Refit the output projection so that its kept inputs reproduce its output. Mutates it.
+def refit_output(weight: Tensor, kept_C: Tensor, inverse: InverseGram) -> None:
+    """Refit an output projection so that its kept inputs reproduce its output. Mutates it.
 
     Minimises ||X W^T - X_keep W'^T||^2 + lambda ||W' - W_keep||^2 over W', in closed form
 
@@ -23,14 +42,16 @@ def refit_output(group: Group, keep_U: Tensor, inverse: InverseGram) -> None:
 
         W' = W[:, keep] - W[:, gone] P[gone, gone]^-1 P[gone, keep],
 
-    which costs little when little goes. The columns that go are left as they are: cut afterwards.
+    which costs little when little goes. The columns that go are left as they are.
 
     Args:
+        weight: (D, C)
+        kept_C: bool, False for the columns that go.
         inverse: P but for a factor, which cancels, of the projection's C inputs.
     """
-    matrix_CC, weight = inverse.matrix_CC, group.output.tensor
-    kept = kept_entries(group.output.index_UK, keep_U).to(matrix_CC.device)
-    gone = kept_entries(group.output.index_UK, ~keep_U).to(matrix_CC.device)
+    matrix_CC = inverse.matrix_CC
+    kept = kept_C.nonzero().flatten().to(matrix_CC.device)
+    gone = (~kept_C).nonzero().flatten().to(matrix_CC.device)
     gone_RC = matrix_CC[gone].double()
     factor_RR = factorise(gone_RC[:, gone])
     weight_DR = weight[:, gone.to(weight.device)].to(gone_RC)

@@ -2,152 +2,204 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Literal
 
-from torch import Tensor, nn
+from pydantic import Field
 
-from ..allocate.chains import (
-    AdaptiveSchedule,
-    Limits,
-    build_chains,
-    check_reachable,
-    keep_masks,
-    remove_ranked,
-    removed_parameters,
-    sizes_after_steps,
-)
-from ..compensate.refit import refit_output
-from ..data import CalibrationData
+from ..allocate.chains import Limits, Removal, build_chains, remove_ranked
+from ..allocate.schedules import AdaptiveSchedule, sizes_after_steps
+from ..allocate.target import check_reachable
+from ..compensate.refit import refit_outputs
 from ..errors import InvalidSettings
 from ..model.anatomy import Anatomy, find_anatomy
-from ..model.edits import cut
-from ..score.collect import Pass, Wants, collect
+from ..model.axes import CUTS, LAYERS, SUBLAYERS
+from ..model.edits import Cut
+from ..score.collect import Statistics, collect
 from ..score.importance import IMPORTANCES
-from ..settings import PruneSettings
+from ..score.observers import Distance, Gram, LayerDistance, Observer, normalise
+from ..settings import ImportanceName, PruneSettings
+from .base import Method, Outline, PruningStep, Work, limits_of
 
-GroupKey = tuple[int, str]
-
-
-@dataclass
-class PruningStep:
-    """What one round of scoring and cutting did."""
-
-    step: int
-    """Counted from 1."""
-    anatomy: Anatomy
-    """The model as it is after the cut."""
-    kept: dict[GroupKey, Tensor]
-    """(U,) bool per group that lost units, over its units before this cut."""
-    layer_importance: list[float]
-    """Per decoder layer before the cut, mean 0 and max |.| 1."""
-    layer_distance: list[float]
-    loss: float
-    """Calibration loss before the cut, nats per token; 0 if the scores needed no loss."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of the pass over the calibration windows and of the cut."""
+CAN_CUT = frozenset(CUTS)
 
 
-def adapt_pruner(
-    model: nn.Module,
-    calibration: CalibrationData,
-    target: int,
-    settings: PruneSettings,
-    on_progress: Callable[[float], None] = lambda share: None,
-) -> Iterator[PruningStep]:
-    """Cut `model` in place to at most `target` parameters, one step per yield.
+class AdaptPrunerSettings(PruneSettings):
+    """Settings of Adapt-Pruner. The defaults are the preset `best`."""
 
-    Args:
-        on_progress: called during a step with the share of its calibration windows done.
-    """
-    anatomy = find_anatomy(model)
-    limits = limits_of(settings, anatomy)
-    check_reachable(anatomy, target, limits)
-    importance = IMPORTANCES[settings.importance]
-    wants = importance.wants
-    if settings.compensation == "refit":
-        wants |= Wants.GRAM
-    how = Pass(
-        settings.micro_batch_size,
-        settings.gradient_checkpointing,
-        settings.distance,
-        settings.ridge,
+    method: Annotated[Literal["adapt-pruner"], Field(description="Pruning method.")] = (
+        "adapt-pruner"
     )
-    schedule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
-    sizes = sizes_after_steps(anatomy, target, settings.steps)
-    step, done = 0, anatomy.total_parameters <= target
-
-    while not done:
-        step += 1
-        began = time.perf_counter()
-        windows_BT = calibration.draw(step - 1)
-
-        def report(windows_done: int, total: int = len(windows_BT)) -> None:
-            on_progress(windows_done / total)
-
-        with collect(model, anatomy, windows_BT, wants, how, report) as statistics:
-            collected = time.perf_counter()
-            scores = {
-                group.key: importance.score(group, statistics, settings.seed + step)
-                for group in anatomy.groups
-            }
-            chains = build_chains(anatomy.groups, scores, limits)
-            needed = anatomy.total_parameters - target
-            if settings.allocation == "adaptive":
-                importances = statistics.layer_importance
-                done = schedule.advance(chains, needed, importances, limits.uniform)
-            else:
-                remove_ranked(chains, anatomy.total_parameters - sizes[step - 1])
-                done = step == settings.steps or removed_parameters(chains) >= needed
-                if done:
-                    remove_ranked(chains, needed)
-            kept = keep_masks(chains, scores)
-            if settings.compensation == "refit":
-                for group in anatomy.groups:
-                    if group.key in kept:
-                        refit_output(group, kept[group.key], statistics.inverse_gram(group.key))
-            anatomy = cut(model, anatomy, kept)
-        made = PruningStep(
-            step=step,
-            anatomy=anatomy,
-            kept=kept,
-            layer_importance=statistics.layer_importance,
-            layer_distance=statistics.layer_distance,
-            loss=statistics.loss,
-            seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
-        )
-        del statistics  # its matrices would live on through the next pass
-        yield made
+    importance: Annotated[
+        ImportanceName,
+        Field(description="Score of a unit: how much worse the model gets without it."),
+    ] = "residual-fisher"
+    allocation: Annotated[
+        Literal["adaptive", "global"],
+        Field(
+            description="What each layer gives up: by layer importance (the paper's rule, eq. 6) "
+            "or by one ranking of importance per parameter over all layers."
+        ),
+    ] = "global"
+    compensation: Annotated[
+        Literal["none", "refit"],
+        Field(description="Refit output projections on the units that stay, in closed form."),
+    ] = "refit"
+    ridge: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Strength of the refit's pull to the present weights; residual-fisher "
+            "scores assume the same.",
+        ),
+    ] = 0.01
+    steps: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
+            "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
+        ),
+    ] = 10
+    amplitude: Annotated[
+        float,
+        Field(ge=0, description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
+    ] = 0.02
+    distance: Annotated[Distance, Field(description="How far a layer moves its input (eq. 3).")] = (
+        Distance.COSINE
+    )
 
 
-def limits_of(settings: PruneSettings, anatomy: Anatomy) -> Limits:
-    """Turn the settings that say what may be cut into limits for this model.
+PRESETS = {
+    "best": {},
+    "paper": {
+        "importance": "taylor",
+        "allocation": "adaptive",
+        "compensation": "none",
+        "steps": 50,
+        "amplitude": 0.02,
+        "distance": "cosine",
+        "windows": 512,
+        "window_length": 64,
+    },
+}
 
-    Raises:
-        InvalidSettings: if a protected layer does not exist, or settings exclude each other.
-    """
-    count = len(anatomy.layers)
-    for layer in settings.protect_layers:
-        if not -count <= layer < count:
-            raise InvalidSettings(
-                f"protect_layers: the model has layers 0 to {count - 1}; got {layer}."
+
+def adapt_pruner(work: Work) -> Iterator[PruningStep]:
+    """Cut the model in place to at most the targets' parameters, one step per yield."""
+    settings: AdaptPrunerSettings = work.settings
+    anatomy = find_anatomy(work.model)
+    limits = _limits(settings, anatomy)
+    check_reachable(anatomy, work.targets[-1], limits)
+    importance, how = IMPORTANCES[settings.importance], work.how
+    schedule = _schedule(settings, anatomy, work.targets, limits)
+    step = 0
+    for target in work.targets:
+        done = anatomy.total_parameters <= target
+        if done:
+            yield PruningStep(step, anatomy, target=target)
+        while not done:
+            step += 1
+            began = time.perf_counter()
+            windows_BT = work.calibration.draw(step - 1)
+            axes = limits.axes(anatomy)
+
+            with collect(
+                work.model, anatomy, windows_BT, _observers(settings), axes=axes, how=how,
+                on_progress=work.progress_of(len(windows_BT)),
+            ) as statistics:  # fmt: skip
+                collected = time.perf_counter()
+                scores = {
+                    axis.key: importance.score(axis, statistics, settings.seed + step)
+                    for axis in axes
+                }
+                removal = Removal(anatomy, build_chains(anatomy, scores, limits))
+                done = schedule(removal, target, statistics)
+                keep = work.decide(removal.keep_masks(scores))
+                if settings.compensation == "refit":
+                    refit_outputs(axes, keep, statistics[Gram])
+                anatomy = work.apply(Cut(keep))
+            distance = statistics[LayerDistance].distance
+            made = PruningStep(
+                step=step,
+                anatomy=anatomy,
+                layer_importance=normalise(distance),
+                layer_distance=distance,
+                loss=statistics.loss,
+                seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
+                target=target if done else None,
             )
-    if settings.protect_layers and settings.layout == "uniform":
+            del statistics  # its matrices would live on through the next pass
+            yield made
+
+
+def _observers(settings: AdaptPrunerSettings) -> list[Observer]:
+    kinds = list(IMPORTANCES[settings.importance].needs)
+    if settings.compensation == "refit" and Gram not in kinds:
+        kinds.append(Gram)
+    made = [Gram(settings.ridge) if kind is Gram else kind() for kind in kinds]
+    return [LayerDistance(settings.distance), *made]
+
+
+def _limits(settings: AdaptPrunerSettings, anatomy: Anatomy) -> Limits:
+    limits = limits_of(settings, anatomy, CAN_CUT)
+    if settings.allocation == "adaptive" and limits.kinds & {LAYERS, *SUBLAYERS}:
         raise InvalidSettings(
-            "A uniform layout cuts every layer alike, so protect_layers must be empty; got "
-            f"{list(settings.protect_layers)}."
+            "allocation: adaptive decides how wide each layer stays, not whether it stays; take "
+            "--allocation global to cut layers or sublayers."
         )
-    kinds = {group.kind for group in anatomy.groups}
-    if settings.prune != "all":
-        kinds &= {settings.prune}
-        if not kinds:
-            raise InvalidSettings(
-                f"prune: the {settings.prune} of this architecture cannot be cut; use mlp."
-            )
-    return Limits(
-        kinds=frozenset(kinds),
-        protected_layers=frozenset(layer % count for layer in settings.protect_layers),
-        multiple=settings.multiple,
-        uniform=settings.layout == "uniform",
-    )
+    return limits
+
+
+def _schedule(
+    settings: AdaptPrunerSettings, anatomy: Anatomy, targets: Sequence[int], limits: Limits
+) -> Callable[[Removal, int, Statistics], bool]:
+    """What decides in each step how much goes where. Returns whether the target is met then."""
+    if settings.allocation == "adaptive":
+        rule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
+
+        def by_layer(removal: Removal, target: int, statistics: Statistics) -> bool:
+            importance = normalise(statistics[LayerDistance].distance)
+            return rule.advance(removal, target, importance, limits.uniform)
+
+        return by_layer
+    sizes = sizes_after_steps(anatomy, targets[-1], settings.steps)
+
+    def by_rank(removal: Removal, target: int, statistics: Statistics) -> bool:
+        size = next(size for size in sizes if size < removal.anatomy.total_parameters)
+        remove_ranked(removal, max(size, target))
+        is_met = removal.parameters <= target
+        if is_met:
+            remove_ranked(removal, target)
+        return is_met
+
+    return by_rank
+
+
+def outline(settings: AdaptPrunerSettings, anatomy: Anatomy, target: int) -> Outline:
+    """With the adaptive rule all sizes but the last are approximate."""
+    check_reachable(anatomy, target, _limits(settings, anatomy))
+    removed, sizes = anatomy.total_parameters - target, []
+    if removed and settings.allocation == "adaptive":
+        steps = max(1, math.ceil(settings.steps * removed / anatomy.layer_parameters))
+        share = anatomy.layer_parameters / settings.steps
+        sizes = [
+            max(target, round(anatomy.total_parameters - share * (i + 1))) for i in range(steps)
+        ]
+    elif removed:
+        sizes = sizes_after_steps(anatomy, target, settings.steps)
+    return Outline(sizes, _observers(settings))
+
+
+METHOD = Method(
+    run=adapt_pruner,
+    settings=AdaptPrunerSettings,
+    summary="Layer by layer, sparsity adapted to how much each layer changes its input.",
+    paper="arXiv:2502.03460",
+    cuts=CAN_CUT,
+    presets=PRESETS,
+    outline=outline,
+    meets_several_targets=True,
+)

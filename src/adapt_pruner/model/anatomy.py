@@ -1,180 +1,87 @@
-"""Find what can be cut out of a model.
-
-A *unit* is the smallest thing that can be removed. All units of one kind in one decoder layer form
-a *group*. Toy example, a layer with hidden size 4, two query heads on each of two KV heads of
-size 2, and an MLP of 3 neurons:
-
-    attention group, 2 units (KV groups)       mlp group, 3 units (neurons)
-      q_proj rows    [0 1 2 3] [4 5 6 7]         gate_proj rows    [0] [1] [2]
-      k_proj rows    [0 1] [2 3]                 up_proj rows      [0] [1] [2]
-      v_proj rows    [0 1] [2 3]                 down_proj columns [0] [1] [2]
-      o_proj columns [0 1 2 3] [4 5 6 7]
-
-A KV group is a key/value head with *its own* query heads, the n_rep consecutive ones that attention
-reads with it.
-
-Shape suffixes used throughout the package: B windows, T tokens, D hidden size, U units of a group,
-K entries that one unit has along one side of a tensor, C columns of an output projection (U * K).
-"""
+"""Find the axes of a model: what can be cut out of it. See `axes` for the words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModel, near_match
-from .architectures import ARCHITECTURES, Architecture
-
-ATTENTION = "attention"
-MLP = "mlp"
-WIDTH_OF = {ATTENTION: "num_key_value_heads", MLP: "intermediate_size"}
-"""Kind of group -> the configuration's name for the number of its units."""
-WIDTH_NAMES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-
-
-@dataclass
-class Part:
-    """The entries along one side of one tensor that belong to the units of a group."""
-
-    module: nn.Module
-    name: str
-    """Name of the tensor inside `module`: "weight" or "bias"."""
-    path: str
-    """Name of the module inside the decoder layer, such as "mlp.up_proj"."""
-    dim: int
-    """Side that is cut: 0 rows (outputs), 1 columns (inputs)."""
-    index_UK: Tensor
-    """(U, K) int64, positions along `dim` that belong to each unit."""
-
-    @property
-    def tensor(self) -> nn.Parameter:
-        return getattr(self.module, self.name)
-
-    @property
-    def cost(self) -> int:
-        """Parameters that one unit has here."""
-        tensor = self.tensor
-        return self.index_UK.shape[1] * (tensor.numel() // max(tensor.shape[self.dim], 1))
-
-    def per_unit(self, values: Tensor) -> Tensor:
-        """Sum `values`, shaped like the tensor, over the entries of each unit. Returns (U,)."""
-        other = [d for d in range(values.dim()) if d != self.dim]
-        along = values.sum(dim=other) if other else values
-        return along[self.index_UK.to(along.device)].sum(dim=1)
-
-
-@dataclass
-class Group:
-    """All units of one kind in one decoder layer, with the tensors they are coupled through."""
-
-    layer: int
-    kind: str
-    """ATTENTION (units are KV groups) or MLP (units are neurons)."""
-    parts: list[Part]
-    output: Part
-    """The output projection (o_proj, down_proj), its columns ordered by unit; also in `parts`."""
-    heads_per_unit: int = 1
-    """Query heads of one KV group; 1 for neurons."""
-
-    @property
-    def num_units(self) -> int:
-        return self.output.index_UK.shape[0]
-
-    @property
-    def unit_cost(self) -> int:
-        """Parameters that one unit costs, biases included."""
-        return sum(part.cost for part in self.parts)
-
-    @property
-    def uniform_widths(self) -> list[int]:
-        """Units that all layers of a model may have alike, from the present number down."""
-        widths = range(self.num_units - 1, 0, -1)
-        if self.kind == ATTENTION:
-            hidden_size, heads = self.output.tensor.shape[0], self.heads_per_unit
-            widths = [width for width in widths if heads_fit(hidden_size, width * heads)]
-        return [self.num_units, *widths]
-
-    @property
-    def output_projection(self) -> nn.Linear:
-        return self.output.module  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self.output.tensor.device
-
-    @property
-    def key(self) -> tuple[int, str]:
-        return self.layer, self.kind
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} {self.kind}"
+from ..errors import UnsupportedModel
+from .architectures import Architecture
+from .axes import (
+    ATTENTION,
+    HIDDEN,
+    KV_GROUPS,
+    LAYERS,
+    MLP,
+    NEURONS,
+    QUERY_HEADS,
+    WHOLE_MODEL,
+    Axis,
+    AxisKey,
+    Site,
+    Slot,
+    side,
+)
+from .counting import ParameterCount
+from .skipped import Skipped
+from .support import architecture_of
 
 
 @dataclass
 class Anatomy:
-    """The groups of a model, its decoder layers, and how its parameters are spread."""
+    """The axes of a model, its decoder layers, and how its parameters are spread."""
 
     architecture: Architecture
     layers: list[nn.Module]
-    groups: list[Group]
+    axes: list[Axis]
     total_parameters: int
     """Parameters of the whole model, tied weights counted once."""
-    layer_parameters: int
-    """Parameters of the decoder layers: what sparsity is a fraction of."""
+    parameters_of_layers: list[int]
     widths: list[dict[str, int]] = field(default_factory=list)
-    """Per decoder layer, its values of WIDTH_NAMES (attention widths only where it attends)."""
+    """Per decoder layer, its values of WIDTH_NAMES, 0 where it skips the sublayer; attention widths
+    only where it attends."""
+    hidden_size: int = 0
+    model: nn.Module | None = field(default=None, repr=False)
 
-    def of_layer(self, layer: int) -> Iterator[Group]:
-        return (group for group in self.groups if group.layer == layer)
+    def of_kinds(self, kinds: Collection[str]) -> list[Axis]:
+        """The axes of some kinds, in order."""
+        return [axis for axis in self.axes if axis.kind in kinds]
+
+    def of_layer(self, layer: int) -> Iterator[Axis]:
+        return (axis for axis in self.axes if axis.layer == layer)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of the decoder layers: what sparsity is a fraction of."""
+        return sum(self.parameters_of_layers)
 
     @property
     def other_parameters(self) -> int:
         """Parameters outside the decoder layers: embeddings, final norm, head."""
         return self.total_parameters - self.layer_parameters
 
+    @property
+    def sizes(self) -> dict[AxisKey, int]:
+        return {axis.key: axis.size for axis in self.axes}
 
-def architecture_of(config) -> Architecture:
-    """Look up the architecture of a configuration.
+    @cached_property
+    def count(self) -> ParameterCount:
+        """Exact arithmetic of parameters; see `parameters`."""
+        assert self.model is not None
+        return ParameterCount(self.model, self.axes)
 
-    Raises:
-        UnsupportedModel: naming what is supported, if this is another kind of model.
-    """
-    model_type = getattr(config, "model_type", "")
-    if getattr(config, "is_encoder_decoder", False):
-        _refuse(model_type, "it is an encoder-decoder model")
-    if model_type not in ARCHITECTURES:
-        experts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-        if any(getattr(config, name, None) for name in experts):
-            _refuse(model_type, "it is a mixture of experts")
-        if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
-            _refuse(model_type, "it is a multimodal model; extract its text model first")
-        if hasattr(config, "state_size") or hasattr(config, "ssm_state_size"):
-            _refuse(model_type, "it is a state-space model")
-        hint = near_match(model_type, ARCHITECTURES)
-        _refuse(model_type, "its architecture is not known here", hint)
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedModel(
-            "This model is quantised already; its weights can no longer be scored and cut. "
-            "Prune the original model and quantise the result."
-        )
-    if getattr(config, "qk_layernorm", False) and model_type == "phi":
-        raise UnsupportedModel("Phi models with qk_layernorm=True cannot be pruned; got one.")
-    return ARCHITECTURES[model_type]
-
-
-def _refuse(model_type: str, why: str, hint: str = "") -> None:
-    raise UnsupportedModel(
-        f"A model of type '{model_type}' cannot be pruned: {why}.{hint} "
-        f"Supported: {', '.join(sorted(ARCHITECTURES))}, mobilellm."
-    )
+    def parameters(self, sizes: Mapping[AxisKey, int]) -> int:
+        """Parameters of the whole model if its axes had these sizes; those not named stay."""
+        return self.count.total(sizes)
 
 
 def find_anatomy(model: Any) -> Anatomy:
-    """Find the decoder layers of a causal language model and every group of units in them.
+    """Find the decoder layers of a causal language model and every axis that can be cut.
 
     Works on any device, `meta` included. Changes nothing.
 
@@ -190,14 +97,22 @@ def find_anatomy(model: Any) -> Anatomy:
             f"Expected a causal language model with decoder layers at '{architecture.layers}'; got "
             f"{type(model).__name__}. Load it with AutoModelForCausalLM, without adapters."
         ) from None
-    groups = [g for i, layer in enumerate(layers) for g in _groups_of(architecture, i, layer)]
+    axes, widths = [], []
+    for i, layer in enumerate(layers):
+        found = list(_axes_of_layer(architecture, i, layer))
+        axes += found
+        widths.append(_widths_of(architecture, layer, found))
+    if architecture.has_free_heads:
+        axes.append(_hidden_axis(architecture, model, layers))
     return Anatomy(
         architecture=architecture,
         layers=layers,
-        groups=groups,
+        axes=axes,
         total_parameters=count_parameters(model),
-        layer_parameters=sum(count_parameters(layer) for layer in layers),
-        widths=[_widths_of(i, groups) for i in range(len(layers))],
+        parameters_of_layers=[count_parameters(layer) for layer in layers],
+        widths=widths,
+        hidden_size=model.config.hidden_size,
+        model=model,
     )
 
 
@@ -206,77 +121,168 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def heads_fit(hidden_size: int, num_heads: int) -> bool:
-    """Whether every configuration class accepts this head count for the whole model: several want
-    it to divide the hidden size, although the head size is said explicitly."""
-    return hidden_size % num_heads == 0
+def is_there(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has the module and does not skip it."""
+    module = getattr(layer, name, None)
+    return module is not None and not isinstance(module, Skipped)
 
 
-def _widths_of(layer: int, groups: list[Group]) -> dict[str, int]:
+def _widths_of(architecture: Architecture, layer: nn.Module, axes: list[Axis]) -> dict[str, int]:
+    sizes = {axis.kind: axis.num_units for axis in axes}
     widths = {}
-    for group in groups:
-        if group.layer == layer and group.kind == ATTENTION:
-            widths["num_attention_heads"] = group.num_units * group.heads_per_unit
-            widths["num_key_value_heads"] = group.num_units
-        elif group.layer == layer:
-            widths["intermediate_size"] = group.num_units
+    if architecture.has_free_heads and hasattr(layer, architecture.attention):
+        groups = sizes.get(KV_GROUPS, 0)
+        widths["num_attention_heads"] = sizes.get(QUERY_HEADS, groups)
+        widths["num_key_value_heads"] = groups
+    widths["intermediate_size"] = sizes.get(NEURONS, 0)
     return widths
 
 
-def _groups_of(architecture: Architecture, layer: int, module: nn.Module) -> Iterator[Group]:
-    attends = architecture.attention is not None and hasattr(module, architecture.attention)
-    if attends:
-        yield _attention_group(architecture, layer, module)
-    yield _mlp_group(architecture, layer, module)
+def _axes_of_layer(architecture: Architecture, i: int, layer: nn.Module) -> Iterator[Axis]:
+    writers = _writers(architecture, layer)
+    if ATTENTION in writers and architecture.has_free_heads:
+        yield from _attention_axes(architecture, i, layer)
+    if MLP in writers:
+        yield _neurons(architecture, i, layer)
+    for kind, name in ((ATTENTION, architecture.attention), (MLP, architecture.mlp)):
+        if kind in writers:
+            parts = (name, *architecture.sublayers[name])
+            yield _presence(i, kind, layer, parts, [writers[kind]])
+    everything = [name for name, _ in layer.named_children()]
+    yield _presence(i, LAYERS, layer, everything, list(writers.values()))
 
 
-def _mlp_group(architecture: Architecture, layer: int, module: nn.Module) -> Group:
+def _writers(architecture: Architecture, layer: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose outputs a layer adds to the residual stream, by the sublayer they end."""
+    writers = {}
+    attention, mlp = architecture.attention, architecture.mlp
+    if is_there(layer, attention):
+        last = architecture.attention_norms[1] or f"{attention}.{architecture.attention_output}"
+        writers[ATTENTION] = layer.get_submodule(last)
+    elif architecture.other_writer and not hasattr(layer, attention):
+        writers["other"] = layer.get_submodule(architecture.other_writer)
+    if is_there(layer, mlp):
+        writers[MLP] = layer.get_submodule(architecture.mlp_norms[1] or architecture.mlp_output)
+    return writers
+
+
+def _presence(
+    layer: int, kind: str, module: nn.Module, parts: Collection[str], writers: list[nn.Module]
+) -> Axis:
+    """An axis of one unit that owns everything in some modules of a layer."""
+    slots = []
+    for part in parts:
+        for path, owner in module.get_submodule(part).named_modules(prefix=part):
+            for name, tensor in owner.named_parameters(recurse=False):
+                slots.append(Slot(owner, name, path, 0, torch.arange(side(tensor, 0))[None]))
+    sites = [Site(writer, "output", None) for writer in writers]
+    return Axis(layer, kind, 1, slots, sites)
+
+
+def _neurons(architecture: Architecture, layer: int, module: nn.Module) -> Axis:
     output = _linear(module, architecture.mlp_output)
     width = output.weight.shape[1]
     rows_UK = _blocks(width, 1, copies=architecture.mlp_blocks)
-    parts = [
-        part
+    slots = [
+        slot
         for path in architecture.mlp_inputs
-        for part in _row_parts(_linear(module, path), path, rows_UK)
+        for slot in _row_slots(_linear(module, path), path, rows_UK)
     ]
-    last = Part(output, "weight", architecture.mlp_output, 1, _blocks(width, 1))
-    return Group(layer, MLP, [*parts, last], last)
+    last = Slot(output, "weight", architecture.mlp_output, 1, _blocks(width, 1))
+    site = Site(output, "input", last.index_UK)
+    return Axis(layer, NEURONS, width, [*slots, last], [site], output=last)
 
 
-def _attention_group(architecture: Architecture, layer: int, module: nn.Module) -> Group:
-    attention = module.get_submodule(architecture.attention)  # type: ignore[arg-type]
+def _attention_axes(architecture: Architecture, layer: int, module: nn.Module) -> Iterator[Axis]:
+    """KV groups, and query heads where a group has several."""
+    attention: Any = module.get_submodule(architecture.attention)
     prefix = f"{architecture.attention}."
     projections = [_linear(module, prefix + name) for name in architecture.qkv]
     output_path = prefix + architecture.attention_output
     output = _linear(module, output_path)
-    head_dim: int = attention.head_dim  # type: ignore[assignment]
+    head_dim: int = attention.head_dim
     num_heads = output.weight.shape[1] // head_dim
-    if len(projections) == 1:
+    is_fused = len(projections) == 1
+    if is_fused:
         num_kv = (projections[0].weight.shape[0] // head_dim - num_heads) // 2
     else:
         num_kv = projections[1].weight.shape[0] // head_dim
-    n_rep = num_heads // num_kv
-
-    query_UK = _blocks(num_kv, n_rep * head_dim)
-    kv_UK = _blocks(num_kv, head_dim)
-    if len(projections) == 1:
+    group_UK = _blocks(num_kv, num_heads // num_kv * head_dim)
+    query_UK, kv_UK = _blocks(num_heads, head_dim), _blocks(num_kv, head_dim)
+    if is_fused:
         key_start = num_heads * head_dim
         value_start = key_start + num_kv * head_dim
-        fused_UK = torch.cat([query_UK, kv_UK + key_start, kv_UK + value_start], dim=1)
-        rows = [fused_UK]
+        rows = [torch.cat([group_UK, kv_UK + key_start, kv_UK + value_start], dim=1)]
     else:
-        rows = [query_UK, kv_UK, kv_UK]
-    parts = [
-        part
+        rows = [group_UK, kv_UK, kv_UK]
+    slots = [
+        slot
         for name, linear, rows_UK in zip(architecture.qkv, projections, rows, strict=True)
-        for part in _row_parts(linear, prefix + name, rows_UK)
+        for slot in _row_slots(linear, prefix + name, rows_UK)
     ]
+    query_slots = list(_row_slots(projections[0], prefix + architecture.qkv[0], query_UK))
     if architecture.wide_norms:
-        for name, index_UK in (("q_norm", query_UK), ("k_norm", kv_UK)):
-            norm = attention.get_submodule(name)
-            parts.append(Part(norm, "weight", prefix + name, 0, index_UK))
-    last = Part(output, "weight", output_path, 1, query_UK)
-    return Group(layer, ATTENTION, [*parts, last], last, heads_per_unit=n_rep)
+        for name, index_UK in (("q_norm", group_UK), ("k_norm", kv_UK)):
+            slots.append(Slot(attention.get_submodule(name), "weight", prefix + name, 0, index_UK))
+        query_slots.append(Slot(attention.q_norm, "weight", f"{prefix}q_norm", 0, query_UK))
+    last = Slot(output, "weight", output_path, 1, group_UK)
+    site = Site(output, "input", group_UK)
+    yield Axis(layer, KV_GROUPS, num_kv, [*slots, last], [site], output=last)
+    if num_heads > num_kv:
+        last = Slot(output, "weight", output_path, 1, query_UK)
+        site = Site(output, "input", query_UK)
+        slots = [*query_slots, last]
+        yield Axis(layer, QUERY_HEADS, num_heads, slots, [site], strata=num_kv, output=last)
+
+
+def _hidden_axis(architecture: Architecture, model: Any, layers: list[nn.Module]) -> Axis:
+    """The residual stream: all that reads it or writes to it."""
+    size: int = model.config.hidden_size
+    units_UK = _blocks(size, 1)
+    base = model.get_submodule(architecture.layers.rpartition(".")[0])
+    slots = [Slot(model.get_input_embeddings(), "weight", "embeddings", 1, units_UK)]
+    slots += _norm_slots(base, units_UK)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        slots.append(Slot(head, "weight", "head", 1, units_UK))
+    sites = [Site(layers[0], "input", units_UK)]
+    for layer in layers:
+        slots += _hidden_slots_of_layer(architecture, layer, units_UK)
+        sites += [
+            Site(writer, "output", units_UK) for writer in _writers(architecture, layer).values()
+        ]
+    return Axis(WHOLE_MODEL, HIDDEN, size, slots, sites)
+
+
+def _hidden_slots_of_layer(
+    architecture: Architecture, layer: nn.Module, units_UK: Tensor
+) -> Iterator[Slot]:
+    yield from _norm_slots(layer, units_UK)
+    inputs, outputs = [], []
+    if is_there(layer, architecture.attention):
+        prefix = f"{architecture.attention}."
+        inputs += [prefix + name for name in architecture.qkv]
+        outputs.append(prefix + architecture.attention_output)
+    if is_there(layer, architecture.mlp):
+        inputs += architecture.mlp_inputs
+        outputs.append(architecture.mlp_output)
+    for path in inputs:
+        yield Slot(_linear(layer, path), "weight", path, 1, units_UK)
+    for path in outputs:
+        yield from _row_slots(_linear(layer, path), path, units_UK)
+    for path, dim, copies in architecture.other_hidden:
+        owner_path, _, name = path.rpartition(".")
+        owner = layer.get_submodule(owner_path) if hasattr(layer, path.split(".")[0]) else None
+        if owner is not None and getattr(owner, name, None) is not None:
+            yield Slot(owner, name, owner_path, dim, _blocks(len(units_UK), 1, copies))
+
+
+def _norm_slots(parent: nn.Module, units_UK: Tensor) -> Iterator[Slot]:
+    """Weights and biases of the norms directly inside a layer or the model's trunk."""
+    for path, module in parent.named_children():
+        for name, tensor in module.named_parameters(recurse=False):
+            if tensor.dim() == 1:
+                yield Slot(module, name, path, 0, units_UK)
 
 
 def _blocks(num_units: int, size: int, copies: int = 1) -> Tensor:
@@ -290,10 +296,10 @@ def _blocks(num_units: int, size: int, copies: int = 1) -> Tensor:
     return torch.cat([first + copy * num_units * size for copy in range(copies)], dim=1)
 
 
-def _row_parts(linear: nn.Linear, path: str, rows_UK: Tensor) -> Iterator[Part]:
-    yield Part(linear, "weight", path, 0, rows_UK)
+def _row_slots(linear: nn.Linear, path: str, rows_UK: Tensor) -> Iterator[Slot]:
+    yield Slot(linear, "weight", path, 0, rows_UK)
     if linear.bias is not None:
-        yield Part(linear, "bias", path, 0, rows_UK)
+        yield Slot(linear, "bias", path, 0, rows_UK)
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear:

@@ -1,4 +1,8 @@
-"""Cut units out of a model. Everything here changes the model in place.
+"""Changes of a model's structure, made in place, written down, and made again from the record.
+
+An edit knows three things: to `apply` itself to a model, to `follow` with the moments of an
+optimizer, and its `record`, a JSON object that `edit_of` turns back into the edit. What a method
+does to the structure of a model is a list of edits; weights that it refits are no edit.
 
 The weights are cut where the anatomy says; the rest (head counts, features of a linear, the layer's
 own configuration) is taken from a fresh layer built on the meta device from the new configuration.
@@ -7,91 +11,238 @@ So the model in memory is what a checkpoint of it loads as.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .anatomy import WIDTH_NAMES, Anatomy, Group, find_anatomy, heads_fit
-from .layers import LayerConfig
+from ..errors import LoadingError
+from .anatomy import Anatomy, find_anatomy
+from .axes import ATTENTION, HIDDEN, LAYERS, MLP, AxisKey
+from .configuring import describe_model, drop_layers_of_config
+from .geometry import adopt_geometry, match_widths
+from .skipped import add_biases, skip_sublayers
 
-GroupKey = tuple[int, str]
+Keep = Mapping[AxisKey, Tensor]
+"""(U,) bool per axis, False for the units that go; axes not named stay whole."""
+Moments = dict[str, dict[str, Tensor]]
+"""Of an optimizer: parameter -> what it remembers of it, such as exp_avg, and its step."""
 
 
-def cut(model: nn.Module, anatomy: Anatomy, keep: dict[GroupKey, Tensor]) -> Anatomy:
-    """Remove the units whose entry in `keep` ((U,) bool per group) is False. Mutates `model`.
+class Edit(Protocol):
+    """One change of a model's structure."""
 
-    Parameters keep their identity, so an optimizer still knows them; gradients are dropped.
-    Returns the anatomy of the model as it is now.
+    kind: ClassVar[str]
+
+    def apply(self, model: nn.Module) -> None:
+        """Change the model in place. Parameters stay the same objects, without gradients."""
+        ...
+
+    def follow(self, model: nn.Module, moments: Moments) -> bool:
+        """Change moments as `apply` is going to change the weights; call it before that. Returns
+        False, and clears them, where they mean nothing afterwards."""
+        ...
+
+    def record(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Remove units: rows and columns, whole layers, attention or MLP of a layer."""
+
+    keep: Keep
+    kind: ClassVar[str] = "cut"
+
+    def apply(self, model: nn.Module) -> None:
+        anatomy = find_anatomy(model)
+        gone = _gone_layers(anatomy, self.keep)
+        for (tensor, dim), kept in _kept_entries(anatomy, self.keep, gone).items():
+            tensor.grad = None
+            tensor.data = tensor.data.index_select(dim, kept.to(tensor.device)).contiguous()
+        config: Any = model.config
+        width = _count(self.keep, (-1, HIDDEN), anatomy.hidden_size)
+        if width != anatomy.hidden_size:
+            match_widths(model, anatomy.architecture, anatomy.hidden_size, width)
+            config.hidden_size = width
+        _skip(anatomy, self.keep, gone)
+        if gone:
+            _drop_layers(model, anatomy, gone)
+            drop_layers_of_config(config, gone)
+        after = find_anatomy(model)
+        describe_model(config, after)
+        adopt_geometry(after.layers, config)
+
+    def follow(self, model: nn.Module, moments: Moments) -> bool:
+        anatomy = find_anatomy(model)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        gone = _gone_layers(anatomy, self.keep)
+        for (tensor, dim), kept in _kept_entries(anatomy, self.keep, gone).items():
+            of = moments.get(names[tensor], {})
+            for what, value in of.items():
+                if what != "step":
+                    of[what] = value.index_select(dim, kept.to(value.device)).contiguous()
+        renamed = _names_after(anatomy, self.keep, gone, list(moments))
+        kept = {renamed[name]: of for name, of in moments.items() if name in renamed}
+        moments.clear()
+        moments.update(kept)
+        return True
+
+    def gone_layers(self, anatomy: Anatomy) -> set[int]:
+        """Layers that go, and those of which nothing else is left."""
+        return _gone_layers(anatomy, self.keep)
+
+    def record(self) -> dict[str, Any]:
+        axes = {
+            f"{layer}/{kind}": {"units": len(keep_U), "kept": keep_U.nonzero().flatten().tolist()}
+            for (layer, kind), keep_U in self.keep.items()
+            if not keep_U.all()
+        }
+        return {"edit": self.kind, "axes": axes}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Cut:
+        keep = {}
+        for name, entry in record["axes"].items():
+            layer, kind = name.split("/")
+            keep_U = torch.zeros(entry["units"], dtype=torch.bool)
+            keep_U[torch.tensor(entry["kept"], dtype=torch.int64)] = True
+            keep[int(layer), kind] = keep_U
+        return cls(keep)
+
+
+@dataclass(frozen=True)
+class AddBias:
+    """Give linears of the layers a bias of zeros, which a method then fills."""
+
+    linears: Mapping[int, tuple[str, ...]]
+    """Decoder layer -> names inside it, such as "mlp.down_proj"."""
+    kind: ClassVar[str] = "add-bias"
+
+    def apply(self, model: nn.Module) -> None:
+        anatomy = find_anatomy(model)
+        for i, names in self.linears.items():
+            add_biases(anatomy.layers[i], names)
+        describe_model(model.config, find_anatomy(model))
+
+    def follow(self, model: nn.Module, moments: Moments) -> bool:
+        return True  # new parameters begin without moments
+
+    def record(self) -> dict[str, Any]:
+        linears = {str(layer): list(names) for layer, names in self.linears.items()}
+        return {"edit": self.kind, "linears": linears}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> AddBias:
+        return cls({int(layer): tuple(names) for layer, names in record["linears"].items()})
+
+
+EDITS: dict[str, Any] = {Cut.kind: Cut, AddBias.kind: AddBias}
+
+
+def edit_of(record: Any) -> Edit:
+    """The edit that a record tells of.
+
+    Raises:
+        LoadingError: if there is no such edit, or the record is damaged.
     """
-    for group in anatomy.groups:
-        if group.key in keep:
-            cut_group(group, keep[group.key])
-    after = find_anatomy(model)
-    describe_widths(model.config, after)
-    for i, layer in enumerate(after.layers):
-        _adopt_geometry(layer, model.config, i)
+    try:
+        return EDITS[record["edit"]].of_record(record)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+        raise LoadingError(
+            f"The record of an edit is damaged or unknown: {record!r:.80}."
+        ) from None
+
+
+def cut(model: nn.Module, keep: Keep) -> Anatomy:
+    """Apply a `Cut`. Returns the anatomy of the model as it is now."""
+    Cut(keep).apply(model)
+    return find_anatomy(model)
+
+
+def entries_of(index_UK: Tensor, units_U: Tensor) -> Tensor:
+    """Positions of the units for which `units_U` is True, ascending."""
+    return index_UK[units_U.to(index_UK.device)].flatten().sort().values
+
+
+def _count(keep: Keep, key: AxisKey, whole: int) -> int:
+    return int(keep[key].sum()) if key in keep else whole
+
+
+def _is_gone(keep: Keep, key: AxisKey) -> bool:
+    return key in keep and not keep[key].any()
+
+
+def _gone_layers(anatomy: Anatomy, keep: Keep) -> set[int]:
+    """Layers that go, and those of which nothing else is left."""
+    gone = set()
+    for i in range(len(anatomy.layers)):
+        axes = list(anatomy.of_layer(i))
+        parts = [axis for axis in axes if axis.kind in (ATTENTION, MLP)]
+        sites = sum(len(axis.sites) for axis in axes if axis.kind == LAYERS)
+        is_empty = len(parts) == sites and all(_is_gone(keep, axis.key) for axis in parts)
+        if _is_gone(keep, (i, LAYERS)) or is_empty:
+            gone.add(i)
+    return gone
+
+
+def _kept_entries(
+    anatomy: Anatomy, keep: Keep, gone: set[int]
+) -> dict[tuple[nn.Parameter, int], Tensor]:
+    """For every side of a tensor that gets shorter, the positions that stay, ascending."""
+    stays: dict[tuple[nn.Parameter, int], Tensor] = {}
+    for axis in anatomy.axes:
+        if axis.key not in keep or axis.is_presence or axis.layer in gone or keep[axis.key].all():
+            continue
+        for slot in axis.slots:
+            side = slot.tensor, slot.dim
+            if side not in stays:
+                stays[side] = torch.ones(slot.tensor.shape[slot.dim], dtype=torch.bool)
+            stays[side][slot.index_UK[~keep[axis.key].cpu()].flatten()] = False
+    return {side: mask.nonzero().flatten() for side, mask in stays.items()}
+
+
+def _skip(anatomy: Anatomy, keep: Keep, gone: set[int]) -> None:
+    architecture = anatomy.architecture
+    names = {ATTENTION: architecture.attention, MLP: architecture.mlp}
+    for axis in anatomy.of_kinds(names):
+        if axis.layer not in gone and _is_gone(keep, axis.key):
+            layer = anatomy.layers[axis.layer]
+            name = names[axis.kind]
+            skip_sublayers(layer, [name], architecture.attention, architecture.sublayers)
+
+
+def _drop_layers(model: nn.Module, anatomy: Anatomy, gone: set[int]) -> None:
+    path = anatomy.architecture.layers
+    kept = [layer for i, layer in enumerate(anatomy.layers) if i not in gone]
+    model.set_submodule(path, nn.ModuleList(kept), strict=True)
+    for i, layer in enumerate(kept):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                vars(module)["layer_idx"] = i  # where the KV cache keeps what is its own
+
+
+def _names_after(anatomy: Anatomy, keep: Keep, gone: set[int], names: list[str]) -> dict[str, str]:
+    """Parameter names of the model after the cut, by their present ones; without those that go."""
+    prefix = anatomy.architecture.layers + "."
+    number = {}
+    for i in range(len(anatomy.layers)):
+        if i not in gone:
+            number[i] = len(number)
+    skipped = defaultdict(list)
+    kinds = {ATTENTION: anatomy.architecture.attention, MLP: anatomy.architecture.mlp}
+    for axis in anatomy.of_kinds(kinds):
+        if _is_gone(keep, axis.key):
+            name = kinds[axis.kind]
+            skipped[axis.layer] += [name, *anatomy.architecture.sublayers[name]]
+    after = {}
+    for name in names:
+        if not name.startswith(prefix):
+            after[name] = name
+            continue
+        i, _, inner = name.removeprefix(prefix).partition(".")
+        if int(i) in number and inner.split(".")[0] not in skipped[int(i)]:
+            after[name] = f"{prefix}{number[int(i)]}.{inner}"
     return after
-
-
-@torch.no_grad()
-def cut_group(group: Group, keep_U: Tensor) -> None:
-    """Cut the tensors of one group. Mutates them."""
-    for part in group.parts:
-        kept = kept_entries(part.index_UK, keep_U)
-        tensor = part.tensor
-        tensor.grad = None
-        tensor.data = tensor.data.index_select(part.dim, kept.to(tensor.device)).contiguous()
-
-
-def kept_entries(index_UK: Tensor, keep_U: Tensor) -> Tensor:
-    """Positions of the units that stay, ascending, so that fused blocks keep their order."""
-    return index_UK[keep_U.to(index_UK.device)].flatten().sort().values
-
-
-def describe_widths(config: Any, anatomy: Anatomy) -> None:
-    """Write the widths that the layers have into `config`. Mutates it.
-
-    Equal layers give a plain configuration that every tool reads; others `per_layer_config`.
-    """
-    attention = [g for g in anatomy.groups if g.kind == "attention"]
-    if attention:
-        group = attention[0]
-        columns_per_head = group.output.index_UK.shape[1] // group.heads_per_unit
-        config.head_dim = columns_per_head
-    if getattr(config, "block_auto_adjust_ff_dim", False):
-        config.block_auto_adjust_ff_dim = False  # LFM2: intermediate_size is now meant literally
-    config.per_layer_config = None
-    values = {
-        name: {i: widths[name] for i, widths in enumerate(anatomy.widths) if name in widths}
-        for name in WIDTH_NAMES
-    }
-    common = {name: set(of_layers.values()) for name, of_layers in values.items()}
-    plain = {name: widths.pop() for name, widths in common.items() if len(widths) == 1}
-    if not heads_fit(config.hidden_size, plain.get("num_attention_heads", 1)):
-        del plain["num_attention_heads"], plain["num_key_value_heads"]
-    varying: dict[int, dict[str, int]] = {}
-    for name, of_layers in values.items():
-        if name in plain:
-            setattr(config, name, plain[name])
-        else:
-            for i, width in of_layers.items():
-                varying.setdefault(i, {})[name] = width
-    if varying:
-        # Tools that know only global widths get to read one; transformers refuses otherwise.
-        config.allow_global_per_layer_attribute_access = True
-        config.per_layer_config = varying
-
-
-def _adopt_geometry(layer: nn.Module, config: Any, layer_idx: int) -> None:
-    with torch.device("meta"):
-        built = type(layer)(config, layer_idx)
-    for name, module in built.named_modules():
-        ours = layer.get_submodule(name)
-        for attribute, value in vars(module).items():
-            is_size = type(value) is int and not attribute.startswith("_")
-            if is_size or isinstance(value, LayerConfig) or value is config:
-                setattr(ours, attribute, value)
-    for name, parameter in built.named_parameters():
-        actual = layer.get_parameter(name).shape
-        assert actual == parameter.shape, f"{name}: cut to {actual}, expected {parameter.shape}"

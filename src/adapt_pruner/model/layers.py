@@ -1,9 +1,14 @@
 """Teach transformers' decoder layers to read `config.per_layer_config`.
 
-transformers validates, stores and serialises per-layer widths, and its caches understand them, but
-its decoder layers are still built from the global widths. The missing step is small: build layer i
-from the configuration of layer i. It is added to a layer class at the moment transformers imports
-the modelling file, so importing `adapt_pruner` costs nothing and loads nothing.
+transformers validates, stores and serialises what a layer has of its own, and its caches understand
+it, but its decoder layers are still built from the global configuration. What is missing is small:
+
+- build layer i from the widths of layer i;
+- leave out what `skip` names, such as ["mlp"];
+- give a bias to the linears that `added_biases` names, where the architecture offers none.
+
+It is added to a layer class at the moment transformers imports the modelling file, so importing
+`adapt_pruner` costs nothing and loads nothing.
 
 The class itself is extended instead of replaced (`transformers.monkey_patching`): replacing breaks
 `output_hidden_states` of models built directly from their class, because output recorders then look
@@ -14,16 +19,17 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, Architecture
 
 
 class LayerConfig:
-    """The model's configuration as one decoder layer sees it: its own widths, all else live.
+    """The model's configuration as one decoder layer sees it: its own values, all else live.
 
     A view and not a copy, so that a later `model.set_attn_implementation(...)` reaches the layers.
     """
@@ -41,9 +47,8 @@ def layer_config(config: Any, layer_idx: int) -> Any:
     """Return what layer `layer_idx` is built from: `config` itself where all layers are equal."""
     if getattr(config, "is_heterogeneous", False):
         layer = config.per_layer_config[layer_idx]
-        return LayerConfig(
-            config, {name: getattr(layer, name) for name in config.per_layer_attributes}
-        )
+        names = {*config.per_layer_attributes, "skip"}
+        return LayerConfig(config, {name: getattr(layer, name) for name in names})
     stored = getattr(config, "per_layer_config", None)
     if isinstance(stored, dict):  # transformers 4 keeps what stands in config.json as it is
         by_layer = {int(layer): overrides for layer, overrides in stored.items()}
@@ -51,8 +56,20 @@ def layer_config(config: Any, layer_idx: int) -> Any:
     return config
 
 
-def extend_layer_class(class_name: str, module: ModuleType) -> None:
-    """Let a decoder layer class read `per_layer_config`. Mutates the class, once."""
+def alter_layer(layer: Any, config: Any, attention: str, sublayers: Any) -> None:
+    """Leave out and add what the layer's own `config` says. Mutates `layer`."""
+    from . import skipped  # needs torch, which `import adapt_pruner` alone does not load
+
+    skipped.alter_layer(layer, config, attention, sublayers)
+
+
+def extend_layer_class(class_name: str, attention: str, sublayers: Any, module: ModuleType) -> None:
+    """Let a decoder layer class read `per_layer_config`. Mutates the class, once.
+
+    Args:
+        attention: name of the attention module in a layer.
+        sublayers: module that a layer can do without -> names of its norms.
+    """
     layer_class = getattr(module, class_name, None)
     if layer_class is None or hasattr(layer_class.__init__, "__wrapped__"):
         return
@@ -60,7 +77,9 @@ def extend_layer_class(class_name: str, module: ModuleType) -> None:
 
     @functools.wraps(original)
     def __init__(self, config, layer_idx, *args, **kwargs):
-        original(self, layer_config(config, layer_idx), layer_idx, *args, **kwargs)
+        own = layer_config(config, layer_idx)
+        original(self, own, layer_idx, *args, **kwargs)
+        alter_layer(self, own, attention, sublayers)
 
     layer_class.__init__ = __init__
 
@@ -69,13 +88,31 @@ def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
     return "Reading global config value for per-layer attribute" not in str(record.msg)
 
 
+def at_import(hook: Callable[[Architecture, ModuleType], None]) -> None:
+    """Call `hook` with every supported architecture when its modelling file is imported."""
+
+    def register_all(architectures: Iterable[Architecture]) -> None:
+        for architecture in architectures:
+            wrapt.register_post_import_hook(
+                functools.partial(hook, architecture), architecture.modeling_module
+            )
+
+    def register_foreign(transformers: ModuleType) -> None:
+        register_all([ARCHITECTURES[name] for name in ARCHITECTURES.foreign])
+
+    register_all(ARCHITECTURES.own.values())
+    wrapt.register_post_import_hook(register_foreign, "transformers")
+
+
+def _extend(architecture: Architecture, module: ModuleType) -> None:
+    extend_layer_class(
+        architecture.layer_class, architecture.attention, architecture.sublayers, module
+    )
+
+
 def register() -> None:
-    """Arrange for every supported layer class to be extended when transformers imports it."""
-    for architecture in ARCHITECTURES.values():
-        wrapt.register_post_import_hook(
-            functools.partial(extend_layer_class, architecture.layer_class),
-            architecture.modeling_module,
-        )
+    """Arrange for every supported layer class to be extended when its module is imported."""
+    at_import(_extend)
     # Our checkpoints declare that reading a global width is intended; the warning is noise.
     logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
         _is_not_about_global_widths

@@ -16,14 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
-from .architectures import ARCHITECTURES
-from .layers import LayerConfig, extend_layer_class, layer_config
+from .architectures import ARCHITECTURES, Architecture
+from .layers import LayerConfig, at_import, extend_layer_class, layer_config
 
 FILE = "modeling_pruned.py"
-SOURCES = (LayerConfig, layer_config, extend_layer_class)
-"""What the file holds of this package: functions and classes, each of which stands alone."""
 
 TASKS = {
     "AutoModel": "MODEL_MAPPING_NAMES",
@@ -44,11 +40,16 @@ import functools
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
 import {module} as _modeling
 
 {sources}
 
-extend_layer_class("{layer}", _modeling)
+
+extend_layer_class("{layer}", "{attention}", {sublayers}, _modeling)
 
 {classes}{renaming}'''
 
@@ -95,12 +96,31 @@ def write_modeling_file(directory: Path, model: Any) -> dict[str, str]:
         base=_class_of_transformers(model),
         module=architecture.modeling_module,
         layer=architecture.layer_class,
-        sources="\n\n".join(f"\n{inspect.getsource(source).rstrip()}" for source in SOURCES),
+        attention=architecture.attention,
+        sublayers=architecture.sublayers,
+        sources="\n\n".join(f"\n{inspect.getsource(one).rstrip()}" for one in _sources()),
         classes="\n".join(_CLASS.format(name=name, auto=auto) for auto, name in classes.items()),
         renaming=_RENAMING.format(names=renamed) if renamed else "",
     )
     (directory / FILE).write_text(text, encoding="utf-8")
     return {auto: f"{Path(FILE).stem}.{name}" for auto, name in classes.items()}
+
+
+def _sources() -> tuple[Any, ...]:
+    """What the file holds of this package: functions and classes that need but each other, torch,
+    and the caches of transformers."""
+    from . import skipped
+
+    return (
+        LayerConfig,
+        layer_config,
+        skipped.EmptyCacheLayer,
+        skipped.Skipped,
+        skipped.skip_sublayers,
+        skipped.add_biases,
+        skipped.alter_layer,
+        extend_layer_class,
+    )
 
 
 def _classes_of(model: Any) -> dict[str, str]:
@@ -126,11 +146,10 @@ def register() -> None:
     A class of the file takes the file along itself. Where this package is imported, a checkpoint
     also loads as transformers' own class, which would save an `auto_map` without its file.
     """
-    for architecture in ARCHITECTURES.values():
-        wrapt.register_post_import_hook(_extend_saving, architecture.modeling_module)
+    at_import(_extend_saving)
 
 
-def _extend_saving(module: ModuleType) -> None:
+def _extend_saving(architecture: Architecture, module: ModuleType) -> None:
     for name, base in list(vars(module).items()):
         is_base = name.endswith("PreTrainedModel") and base.__module__ == module.__name__
         if is_base and "save_pretrained" not in vars(base):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,18 +15,21 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..api import previous_record, prune
+from ..api import Listener, previous_record, prune
 from ..data.sampling import updated_weights
 from ..errors import Interrupted, NonFiniteError
-from ..model.anatomy import find_anatomy
+from ..methods import make_settings
+from ..model.anatomy import Anatomy, find_anatomy
+from ..model.edits import Edit
+from ..model.history import History
 from ..result import PruningResult, Size, StepRecord
 from ..run import default_calibration, measure, protocol
-from ..settings import PruneSettings, make_settings
+from ..settings import PruneSettings
 from .finish import draw_progress, write_result
 from .launch import make_accelerator, start_trackers
 from .lora import add_lora, merge_lora
 from .materials import Materials, gather, make_teacher, reference_losses
-from .moments import Moments, moment_cutter
+from .moments import Moments
 from .request import AccelListener, AccelOutcome, AccelRequest, check_together
 from .schedule import Phase, learning_rates, tokens_per_step
 from .settings import RecoverySettings, make_recovery_settings
@@ -42,7 +46,7 @@ def accel(
     tokens: int,
     sparsity: float | None = None,
     params: int | None = None,
-    preset: str = "best",
+    preset: str | None = None,
     listener: AccelListener | None = None,
     **options: Any,
 ) -> AccelOutcome:
@@ -160,6 +164,7 @@ class Run:
         self.total_tokens = self.phases[-1].end_step * self.batch_tokens
         self.rate_at = learning_rates(self.recovery, self.phases[-1].end_step)
         self.moments: Moments = {}
+        self.history = History(find_anatomy(self.model))
         self.began, self.clock = time.perf_counter(), _Clock()
         self.called = self.began if called is None else called
         found = place.resume(write=self.accelerator.is_main_process)
@@ -171,19 +176,19 @@ class Run:
     def _first_progress(self) -> Progress:
         anatomy = find_anatomy(self.model)
         first = {
-            "total": anatomy.total_parameters,
-            "decoder_layers": anatomy.layer_parameters,
+            "size": asdict(Size.of(anatomy)),
             "widths": anatomy.widths,
             "measurements": self._measure() or {},
             "previous": previous_record(self.model),
         }
         return Progress(
-            kept={_name(group.key): list(range(group.num_units)) for group in anatomy.groups},
+            history=self.history.state_dict(),
             first=first,
             reference_losses=reference_losses(self.materials) if self.dynamic else {},
         )
 
     def _load(self, checkpoint: Path) -> None:
+        self.history = History.from_state(self.progress.history)
         self.model = rebuild_model(checkpoint, self.model)
         inside_phase = self.progress.step < self.phases[self.progress.phase - 1].end_step
         if self.recovery.lora_rank and inside_phase:
@@ -208,7 +213,6 @@ class Run:
             return
         request, progress, calibration = self.request, self.progress, self.materials.calibration
         torch.manual_seed(self.materials.seed * 1_000_003 + phase.number)
-        cut_moments = moment_cutter(self.model, find_anatomy(self.model))
         with set_aside(self.materials.teacher):
             result = prune(
                 self.model,
@@ -216,12 +220,9 @@ class Run:
                 params=min(phase.parameters, find_anatomy(self.model).total_parameters),
                 calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
                 settings=_settings_of_phase(request.settings, len(self.phases)),
-                listener=self.listener.pruning,
+                listener=Following(self.listener.pruning, self._follow),
             )
-        cut_moments(self.moments, result.kept)
-        for key, kept in result.kept.items():
-            before = progress.kept[_name(key)]
-            progress.kept[_name(key)] = [before[i] for i in kept.tolist()]
+        progress.history = self.history.state_dict()
         done = len(progress.pruning_steps)
         for record in result.steps:
             progress.pruning_steps.append({**asdict(record), "step": done + record.step})
@@ -229,6 +230,10 @@ class Run:
         if self.recovery.lora_rank:
             self.model = add_lora(self.model, self.recovery)
         self.clock.lap("prune")
+
+    def _follow(self, edit: Edit, before: Anatomy) -> None:
+        edit.follow(self.model, self.moments)
+        self.history.add(edit, before)
 
     def train(self, phase: Phase) -> None:
         """Take the optimizer steps of the phase that are left, until the time is over.
@@ -389,11 +394,12 @@ class Run:
             tokenizer=self.materials.tokenizer,
             settings=self.request.settings,
             target=self.materials.target,
-            before=Size(first["total"], first["decoder_layers"]),
+            before=Size(**first["size"]),
             after=Size.of(anatomy),
             widths_before=first["widths"],
-            widths_after=anatomy.widths,
-            kept={g.key: torch.tensor(progress.kept[_name(g.key)]) for g in anatomy.groups},
+            widths_after=self.history.aligned(anatomy.widths),
+            layers=self.history.layers,
+            edits=self.history.edits,
             steps=[StepRecord(**record) for record in progress.pruning_steps],
             seconds=progress.seconds,
             measurements={
@@ -415,12 +421,20 @@ class Run:
         )
 
 
+class Following(Listener):
+    """Hears of a cut for a display, and takes along what depends on the model's structure."""
+
+    def __init__(self, display: Listener, follow: Callable[[Edit, Anatomy], None]):
+        self.on_start, self.on_progress = display.on_start, display.on_progress
+        self.on_step, self.follow = display.on_step, follow
+
+    def on_edit(self, edit: Edit, before: Anatomy) -> None:
+        self.follow(edit, before)
+
+
 def _settings_of_phase(settings: PruneSettings, num_phases: int) -> PruneSettings:
     """`steps` are those of the whole run; the adaptive rule counts them itself."""
-    if settings.allocation == "adaptive":
+    if getattr(settings, "allocation", "adaptive") == "adaptive":
         return settings
-    return settings.model_copy(update={"steps": math.ceil(settings.steps / num_phases)})
-
-
-def _name(key: tuple[int, str]) -> str:
-    return f"{key[0]}/{key[1]}"
+    steps = math.ceil(getattr(settings, "steps") / num_phases)  # noqa: B009
+    return settings.model_copy(update={"steps": steps})

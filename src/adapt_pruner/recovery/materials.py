@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..allocate.chains import check_reachable, resolve_target
+from ..allocate.target import resolve_target
 from ..api import calibration_for, check_window_length
 from ..cache import default_cache
 from ..data import CalibrationData
@@ -21,7 +21,7 @@ from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
 from ..evaluation import fingerprint
-from ..methods.adapt_pruner import limits_of
+from ..methods import method_named
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_config, load_model, load_tokenizer
 from ..run import evaluation_texts, stored_dtype
@@ -75,7 +75,7 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
     """
     anatomy = find_anatomy(model)
     target = resolve_target(anatomy, request.sparsity, request.params)
-    check_reachable(anatomy, target, limits_of(request.settings, anatomy))
+    method_named(request.settings.method).outline(request.settings, anatomy, target)
     phases = make_phases(request.recovery, anatomy.total_parameters, target, request.tokens)
     return target, phases
 

@@ -54,8 +54,8 @@ class Progress:
     """Tokens trained on."""
     seconds: float = 0.0
     sampler: dict[str, Any] | None = None
-    kept: dict[str, list[int]] = field(default_factory=dict)
-    """Per group ("0/mlp"), the units that are left, as indices into the original ones."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """What was done to the structure of the model so far, as `History.state_dict`."""
     pruning_steps: list[dict[str, Any]] = field(default_factory=list)
     """`StepRecord`s of all phases."""
     phases: list[dict[str, Any]] = field(default_factory=list)

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..model.anatomy import WIDTH_OF, find_anatomy
 from . import pictures
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def run_record(result: PruningResult) -> dict[str, Any]:
         "settings": result.settings.model_dump(mode="json"),
         "widths_before": result.widths_before,
         "widths_after": result.widths_after,
-        "unit_parameters": _unit_parameters(result.model),
+        "layers_left": result.layers,
         "steps": [asdict(step) for step in result.steps],
         "seconds": result.seconds,
         "measurements": result.measurements,
@@ -53,15 +52,6 @@ def run_record(result: PruningResult) -> dict[str, Any]:
         **({"training": result.training} if result.training else {}),
         "versions": versions(),
     }
-
-
-def _unit_parameters(model: Any) -> list[dict[str, int]]:
-    """Per decoder layer, what one neuron and one KV group cost, under the names of the widths."""
-    anatomy = find_anatomy(model)
-    return [
-        {WIDTH_OF[group.kind]: group.unit_cost for group in anatomy.of_layer(i)}
-        for i in range(len(anatomy.layers))
-    ]
 
 
 def _hub_name(source: str) -> str | None:

@@ -210,40 +210,42 @@ def _protocol(run: Run) -> str:
 
 
 def _layers(run: Run) -> list[dict[str, Any]]:
-    record, rows = run.record, []
-    for i, (old, new) in enumerate(zip(*_both(run), strict=True)):
-        costs = record.unit_parameters[i] if record.unit_parameters else {}
-        rows.append(
-            {
-                "layer": i,
-                **{name: (old.get(name), new.get(name)) for name in KINDS},
-                "heads": (old.get("num_attention_heads"), new.get("num_attention_heads")),
-                "cut": sum((old[name] - new[name]) * costs[name] for name in costs),
-            }
-        )
-    return rows
+    cut = run.record.parameters_cut
+    return [
+        {
+            "layer": i,
+            **{name: (old.get(name), new.get(name)) for name in KINDS},
+            "heads": (old.get("num_attention_heads"), new.get("num_attention_heads")),
+            "cut": cut[i] if cut else 0,
+        }
+        for i, (old, new) in enumerate(zip(*_both(run), strict=True))
+    ]
+
+
+PARTS = {"MLP": "intermediate_size", "attention": "num_key_value_heads"}
+"""Part of a model -> the width that says how many units it has."""
 
 
 def _parts(run: Run) -> list[dict[str, Any]]:
-    """Units and parameters by kind, and what was never cut."""
-    record = run.record
-    if not record.unit_parameters:
-        return []
+    """Units and parameters of each part."""
+    before, after = run.record.before, run.record.after
+    all_cut = before.total - after.total
     parts: list[dict[str, Any]] = []
-    all_cut = record.before.total - record.after.total
-    for name, label in KINDS.items():
-        layers = [i for i, costs in enumerate(record.unit_parameters) if name in costs]
-        if not layers:
-            continue
-        units = [sum(widths[i][name] for i in layers) for widths in _both(run)]
-        size = [
-            sum(widths[i][name] * record.unit_parameters[i][name] for i in layers)
-            for widths in _both(run)
-        ]
-        parts.append({"label": label, "units": units, "parameters": size})
+    for part, width in PARTS.items():
+        if part in before.parts:
+            units = [sum(widths.get(width, 0) for widths in of_layers) for of_layers in _both(run)]
+            parts.append(
+                {
+                    "label": KINDS[width] if all(units) else part,
+                    "units": units if all(units) else None,
+                    "parameters": [before.parts[part], after.parts.get(part, 0)],
+                }
+            )
+    if not parts:
+        return []
     other = [
         total - sum(part["parameters"][i] for part in parts)
-        for i, total in enumerate((record.before.total, record.after.total))
+        for i, total in enumerate((before.total, after.total))
     ]
     parts.append({"label": "embeddings, norms and others", "units": None, "parameters": other})
     for part in parts:
@@ -254,7 +256,7 @@ def _parts(run: Run) -> list[dict[str, Any]]:
 
 def _extremes(run: Run) -> str:
     """Which layer gave up the most and the least, in words."""
-    cuts = [row["cut"] for row in _layers(run)]
+    cuts = run.record.parameters_cut
     if not any(cuts) or len(cuts) < 2:
         return ""
     if len(set(cuts)) == 1:

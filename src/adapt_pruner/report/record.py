@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from ..api import edits_of_record
 from ..errors import LoadingError
+from ..model.axes import KV_GROUPS
 from ..model.loading import read_json
 from ..result import PRUNING_FILE, Size, StepRecord
 
@@ -48,13 +50,21 @@ class RunRecord(BaseModel):
     settings: dict[str, Any]
     widths_before: Widths
     widths_after: Widths
-    unit_parameters: Widths = []
+    layers_left: list[int] | None = None
+    """Original numbers of the decoder layers that are left; None: all of them."""
     steps: list[StepRecord] = []
     seconds: float
     measurements: dict[str, dict[Literal["before", "after"], float]] = {}
     protocol: Protocol | None = None
     training: Recovery | None = None
     versions: dict[str, str] = {}
+
+    @property
+    def parameters_cut(self) -> list[int]:
+        """Of each original decoder layer; empty where the record does not say it."""
+        left = range(len(self.before.layers)) if self.layers_left is None else self.layers_left
+        after = dict(zip(left, self.after.layers, strict=False))
+        return [size - after.get(i, 0) for i, size in enumerate(self.before.layers)]
 
     @property
     def command(self) -> str:
@@ -90,8 +100,17 @@ class _Pruned(BaseModel):
     kept: list[int]
 
 
-class _PruningFile(BaseModel):
-    layers: dict[int, dict[str, _Pruned]]
+def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
+    """Layer -> how many KV groups it had, and which of them stayed."""
+    record = parse(dict[str, Any], file)
+    found = {}
+    for edit in edits_of_record(record)[:1]:
+        for name, entry in (edit.get("axes") or {}).items():
+            layer, _, kind = name.partition("/")
+            if kind == KV_GROUPS:
+                axis = _checked(_Pruned, entry, file)
+                found[int(layer)] = (axis.units, axis.kept)
+    return found
 
 
 @dataclass
@@ -135,7 +154,6 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    groups = parse(_PruningFile, pruning).layers if pruning.is_file() else {}
     phases = directory / "phases.json"
     return Run(
         directory=directory,
@@ -143,11 +161,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         record=parse(RunRecord, directory / RUN_FILE),
         recipe=_text(recipe) if recipe.is_file() else "",
         config=parse(dict[str, Any], directory / "config.json"),
-        kept_groups={
-            layer: (kinds["attention"].units, kinds["attention"].kept)
-            for layer, kinds in groups.items()
-            if "attention" in kinds
-        },
+        kept_groups=_kept_groups(pruning) if pruning.is_file() else {},
         training=_training_log(directory / "training.jsonl"),
         phases=parse(list[Phase], phases) if phases.is_file() else [],
     )
@@ -172,8 +186,12 @@ def _training_log(file: Path) -> list[TrainingStep]:
 
 def parse(kind: type[T], file: Path) -> T:
     """Read a JSON file as `kind`, with an error that names the file and the place in it."""
+    return _checked(kind, read_json(file), file)
+
+
+def _checked(kind: type[T], content: Any, file: Path) -> T:
     try:
-        return TypeAdapter(kind).validate_python(read_json(file))
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"])) or "its content"

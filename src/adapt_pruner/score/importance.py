@@ -1,7 +1,8 @@
-"""Scores of units: group and statistics in, (U,) float32 out, higher = keep.
+"""Scores of units: axis and statistics in, (U,) float32 out, higher = keep.
 
 A score estimates how much worse the model gets when the unit is removed. Scores change nothing.
-To add one, write a function and a row in `IMPORTANCES`.
+To add one, write a function and a row in `IMPORTANCES`; in another package, an `Importance` as an
+entry point of the group `adapt_pruner.importances`.
 """
 
 from __future__ import annotations
@@ -12,76 +13,81 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.anatomy import ATTENTION, Group, Part
-from .collect import Statistics, Wants
+from ..model.axes import KV_GROUPS, NEURONS, Axis, Slot
+from ..registry import Registry
+from .collect import Statistics
+from .observers import Fisher, Gram, Observer, UnitGradients, WeightGradients
 
 
-def taylor(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def taylor(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's weights of |w * dL/dw| (Adapt-Pruner eq. 10; LLM-Pruner `first`)."""
-    return _sum_over_parts(group, lambda part: (_weight(part) * _gradient(part)).abs())
+    return _sum_over_slots(axis, lambda slot: (_weight(slot) * _gradient(slot)).abs())
 
 
-def taylor_vector(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def taylor_vector(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's rows and columns of |sum of w * dL/dw| (LLM-Pruner `vectorize`)."""
-    score_U = torch.zeros(group.num_units, device=group.device)
-    for part in _matrices(group):
-        along = (_weight(part) * _gradient(part)).sum(dim=1 - part.dim).abs()
-        score_U += along[part.index_UK.to(along.device)].sum(dim=1).to(score_U)
+    score_U = torch.zeros(axis.num_units, device=axis.device)
+    for slot in _matrices(axis):
+        along = (_weight(slot) * _gradient(slot)).sum(dim=1 - slot.dim).abs()
+        score_U += along[slot.index_UK.to(along.device)].sum(dim=1).to(score_U)
     return score_U
 
 
-def taylor_second(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def taylor_second(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's weights of w^2 * F, F the Fisher diagonal (LLM-Pruner `second`)."""
-    return _sum_over_parts(
-        group, lambda part: _weight(part).square() * statistics.fisher[part.tensor]
+    return _sum_over_slots(
+        axis, lambda slot: _weight(slot).square() * statistics[Fisher].squared[slot.tensor]
     )
 
 
-def taylor_mixed(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def taylor_mixed(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's weights of |w * dL/dw - w^2 * F / 2| (LLM-Pruner `mix`)."""
 
-    def score(part: Part) -> Tensor:
-        first = _weight(part) * _gradient(part)
-        second = _weight(part).square() * statistics.fisher[part.tensor]
+    def score(slot: Slot) -> Tensor:
+        first = _weight(slot) * _gradient(slot)
+        second = _weight(slot).square() * statistics[Fisher].squared[slot.tensor]
         return (first - second / 2).abs()
 
-    return _sum_over_parts(group, score)
+    return _sum_over_slots(axis, score)
 
 
-def magnitude_l1(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def magnitude_l1(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's weights of |w|."""
-    return _sum_over_parts(group, lambda part: _weight(part).abs())
+    return _sum_over_slots(axis, lambda slot: _weight(slot).abs())
 
 
-def magnitude_l2(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def magnitude_l2(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Square root of the sum over the unit's weights of w^2."""
-    return _sum_over_parts(group, lambda part: _weight(part).square()).sqrt()
+    return _sum_over_slots(axis, lambda slot: _weight(slot).square()).sqrt()
 
 
-def activation_gradient(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def activation_gradient(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Mean over windows of |sum over tokens of a * dL/da|, a the unit's activation.
 
     The first-order change of a window's loss when the unit is gated off.
     """
-    return statistics.unit_gradient_abs[group.key]
+    return statistics[UnitGradients].absolute[axis.key]
 
 
-def activation_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
+def activation_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Mean over windows of (sum over tokens of a * dL/da)^2: the Fisher information of a gate on
     the unit, hence second order in the loss."""
-    return statistics.unit_gradient_squared[group.key]
+    return statistics[UnitGradients].squared[axis.key]
 
 
-def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
-    """`activation_fisher` times the share of the unit's activation that the group's other units
-    cannot reproduce linearly: what is lost although the others are refitted.
+def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
+    """`activation_fisher` times the share of the unit's activation that the projection's other
+    units cannot reproduce linearly: what is lost although the others are refitted. Axes that
+    are not columns of one projection (hidden dimensions, layers) cannot be reproduced.
 
     With H = X^T X + ridge, as in the refit, that share is 1 / (H_jj (H^-1)_jj) for a unit of one
     column; for one of several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace
     of H_jj.
     """
-    inverse = statistics.inverse_gram(group.key)
-    shape = group.output.index_UK.shape
+    if axis.output is None:
+        return activation_fisher(axis, statistics)
+    inverse = statistics[Gram].inverse(axis.projection)
+    shape = axis.output.index_UK.shape
     total_U = inverse.diagonal_C.view(shape).sum(dim=1)
     if shape[1] == 1:
         residual_U = 1 / inverse.matrix_CC.diagonal()
@@ -92,14 +98,15 @@ def residual_fisher(group: Group, statistics: Statistics, seed: int = 0) -> Tens
             .diagonal(dim1=1, dim2=2)
             .sum(dim=1)
         )
-    return activation_fisher(group, statistics) * (residual_U / total_U).float()
+    return activation_fisher(axis, statistics) * (residual_U / total_U).float()
 
 
-def random(group: Group, statistics: Statistics, seed: int = 0) -> Tensor:
-    """Uniform random numbers, the same for the same seed, layer and kind of group."""
-    own_seed = (seed * 10_007 + group.layer) * 2 + (group.kind == ATTENTION)
+def random(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
+    """Uniform random numbers, the same for the same seed, layer and kind of axis."""
+    salt = {KV_GROUPS: 1, NEURONS: 0}.get(axis.kind, sum(axis.kind.encode()))
+    own_seed = (seed * 10_007 + axis.layer) * 2 + salt
     generator = torch.Generator().manual_seed(own_seed)
-    return torch.rand(group.num_units, generator=generator).to(group.device)
+    return torch.rand(axis.num_units, generator=generator).to(axis.device)
 
 
 @dataclass(frozen=True)
@@ -107,39 +114,42 @@ class Importance:
     """A scoring function and the statistics that it reads."""
 
     score: Callable[..., Tensor]
-    wants: Wants
+    needs: tuple[type[Observer], ...] = ()
 
 
-IMPORTANCES: dict[str, Importance] = {
-    "taylor": Importance(taylor, Wants.WEIGHT_GRADIENTS),
-    "taylor-vector": Importance(taylor_vector, Wants.WEIGHT_GRADIENTS),
-    "taylor-second": Importance(taylor_second, Wants.FISHER),
-    "taylor-mixed": Importance(taylor_mixed, Wants.FISHER),
-    "activation-gradient": Importance(activation_gradient, Wants.UNIT_GRADIENTS),
-    "activation-fisher": Importance(activation_fisher, Wants.UNIT_GRADIENTS),
-    "residual-fisher": Importance(residual_fisher, Wants.UNIT_GRADIENTS | Wants.GRAM),
-    "magnitude-l1": Importance(magnitude_l1, Wants.NOTHING),
-    "magnitude-l2": Importance(magnitude_l2, Wants.NOTHING),
-    "random": Importance(random, Wants.NOTHING),
-}
+IMPORTANCES: Registry[Importance] = Registry(
+    "importances",
+    {
+        "taylor": Importance(taylor, (WeightGradients,)),
+        "taylor-vector": Importance(taylor_vector, (WeightGradients,)),
+        "taylor-second": Importance(taylor_second, (Fisher,)),
+        "taylor-mixed": Importance(taylor_mixed, (Fisher,)),
+        "activation-gradient": Importance(activation_gradient, (UnitGradients,)),
+        "activation-fisher": Importance(activation_fisher, (UnitGradients,)),
+        "residual-fisher": Importance(residual_fisher, (UnitGradients, Gram)),
+        "magnitude-l1": Importance(magnitude_l1),
+        "magnitude-l2": Importance(magnitude_l2),
+        "random": Importance(random),
+    },
+)
 
 
-def _matrices(group: Group) -> list[Part]:
-    return [part for part in group.parts if part.tensor.dim() == 2]
+def _matrices(axis: Axis) -> list[Slot]:
+    return [slot for slot in axis.slots if slot.tensor.dim() == 2]
 
 
-def _sum_over_parts(group: Group, score: Callable[[Part], Tensor]) -> Tensor:
-    score_U = torch.zeros(group.num_units, device=group.device)
-    for part in _matrices(group):
-        score_U += part.per_unit(score(part)).to(score_U)
+def _sum_over_slots(axis: Axis, score: Callable[[Slot], Tensor]) -> Tensor:
+    score_U = torch.zeros(axis.num_units, device=axis.device)
+    for slot in _matrices(axis):
+        score_U += slot.per_unit(score(slot)).to(score_U)
     return score_U
 
 
-def _weight(part: Part) -> Tensor:
-    return part.tensor.detach().float()
+def _weight(slot: Slot) -> Tensor:
+    return slot.tensor.detach().float()
 
 
-def _gradient(part: Part) -> Tensor:
-    gradient = part.tensor.grad
-    assert gradient is not None, f"{part.path} has no gradient: score inside `collect(...)`"
+def _gradient(slot: Slot) -> Tensor:
+    gradient = slot.tensor.grad
+    assert gradient is not None, f"{slot.path} has no gradient: score inside `collect(...)`"
     return gradient.float()

@@ -1,0 +1,63 @@
+"""What size is asked for, and whether it can be reached."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..errors import InvalidTarget
+from ..model.anatomy import Anatomy
+from .chains import Limits, Removal, build_chains
+
+
+def resolve_target(anatomy: Anatomy, sparsity: float | None, params: int | None) -> int:
+    """Return the largest parameter count allowed for the whole model.
+
+    Exactly one of the two is given: `sparsity`, the fraction of the decoder layers' parameters to
+    remove, in [0, 1); or `params`, of the whole model with embeddings.
+
+    Raises:
+        InvalidTarget: if the target is missing, doubled, malformed or above the present size.
+    """
+    if (sparsity is None) == (params is None):
+        raise InvalidTarget("Give the target once: --sparsity 0.2, or --params 350M.")
+    if sparsity is not None:
+        if not 0 <= sparsity < 1:
+            hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+            raise InvalidTarget(
+                "sparsity is the share of the decoder layers' parameters to remove, in [0, 1); "
+                f"got {sparsity:g}.{hint}"
+            )
+        return anatomy.total_parameters - math.ceil(sparsity * anatomy.layer_parameters - 1e-6)
+    assert params is not None
+    if params > anatomy.total_parameters:
+        raise InvalidTarget(
+            f"The target of {params:,} parameters is above the model's {anatomy.total_parameters:,}"
+            ". Name a smaller one."
+        )
+    return params
+
+
+def smallest_size(anatomy: Anatomy, limits: Limits) -> int:
+    """Parameters of the whole model with everything cut that may be cut."""
+    # The layer that has to stay is the one that scores highest: here the largest.
+    scores = {axis.key: torch.full((axis.num_units,), float(axis.unit_cost)) for axis in
+              limits.axes(anatomy)}  # fmt: skip
+    removal = Removal(anatomy, build_chains(anatomy, scores, limits))
+    for chain in removal.chains:
+        chain.removed = len(chain.sizes)
+    return removal.parameters
+
+
+def check_reachable(anatomy: Anatomy, target: int, limits: Limits) -> None:
+    """Raise InvalidTarget if cutting all that may be cut does not reach `target` parameters."""
+    smallest = smallest_size(anatomy, limits)
+    if target < smallest:
+        sparsity = (anatomy.total_parameters - smallest) / anatomy.layer_parameters
+        raise InvalidTarget(
+            f"The target of {target:,} parameters is below what is possible: with everything cut "
+            f"that may be, the model has {smallest:,} (sparsity {sparsity:.4f}), of which "
+            f"{anatomy.other_parameters:,} are outside the decoder layers. Name a larger target, "
+            "or allow more to be cut with --cut."
+        )

@@ -1,0 +1,161 @@
+"""What a pruning method is: a row of the table, and what it is given and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..allocate.chains import Limits
+from ..data import CalibrationData
+from ..errors import InvalidSettings
+from ..model.anatomy import Anatomy, find_anatomy
+from ..model.axes import CUTS, KV_GROUPS, NEURONS
+from ..model.edits import Edit, Keep
+from ..score.collect import Pass
+from ..score.observers import Observer
+from ..settings import PruneSettings
+
+
+@dataclass
+class Work:
+    """What a method is given to do, and how it changes the model."""
+
+    model: nn.Module
+    calibration: CalibrationData
+    targets: Sequence[int]
+    """Parameters of the whole model, the largest first; each is met by a step of its own."""
+    settings: Any
+    """Of the method's own class."""
+    on_progress: Callable[[float], None] = lambda share: None
+    """Called during a step with the share of its calibration windows done."""
+    on_edit: Callable[[Edit, Anatomy], None] = lambda edit, before: None
+    """Called before an edit changes the model."""
+    decide: Callable[[Keep], Keep] = lambda keep: keep
+    """Called with what is to be kept, before anything else depends on it. Where several processes
+    prune the same model, it returns what the first of them found."""
+    group: Any = None
+    """Processes that share the calibration windows; None: this one alone."""
+
+    @property
+    def how(self) -> Pass:
+        settings = self.settings
+        return Pass(settings.micro_batch_size, settings.gradient_checkpointing, self.group)
+
+    def progress_of(self, num_windows: int) -> Callable[[int], None]:
+        """Reports a number of windows done, out of `num_windows`."""
+        return lambda done: self.on_progress(done / num_windows)
+
+    def apply(self, edit: Edit) -> Anatomy:
+        """Change the model. Returns its new anatomy."""
+        self.on_edit(edit, find_anatomy(self.model))
+        edit.apply(self.model)
+        return find_anatomy(self.model)
+
+
+@dataclass
+class PruningStep:
+    """What one round of scoring and cutting did."""
+
+    step: int
+    """Counted from 1."""
+    anatomy: Anatomy
+    """The model as it is after the step."""
+    layer_importance: list[float] = field(default_factory=list)
+    """Per decoder layer before the cut, mean 0 and max |.| 1; empty where it was not measured."""
+    layer_distance: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    """Calibration loss before the cut, nats per token; 0 if the scores needed no loss."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of the parts of the step."""
+    target: int | None = None
+    """The target that the model meets now, if it does."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run of a method is going to do, for plans."""
+
+    sizes: list[int]
+    """Parameters of the whole model after each step."""
+    observers: list[Observer] = field(default_factory=list)
+    """Of every step."""
+
+
+def _one_step(settings: PruneSettings, anatomy: Anatomy, target: int) -> Outline:
+    return Outline([target] if target < anatomy.total_parameters else [])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods."""
+
+    run: Callable[[Work], Iterator[PruningStep]]
+    settings: type[PruneSettings]
+    """With the published values as defaults; command line, recipes and sweeps follow from it."""
+    summary: str
+    """One sentence."""
+    paper: str = ""
+    """Where it was published."""
+    cuts: frozenset[str] = frozenset({"neurons", "kv-groups"})
+    """What it can cut, as in `--cut`."""
+    needs: str = "gradients"
+    """What it does with the model: nothing, forward, gradients or training."""
+    presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Named settings; the first is the default."""
+    outline: Callable[[Any, Anatomy, int], Outline] = _one_step
+    meets_several_targets: bool = False
+    """Whether one run can stop at several sizes on its way; else each has a run of its own."""
+
+
+def limits_of(settings: PruneSettings, anatomy: Anatomy, can_cut: frozenset[str]) -> Limits:
+    """Turn the settings that say what may be cut into limits for this model.
+
+    Raises:
+        InvalidSettings: if a protected layer does not exist, or settings exclude each other.
+    """
+    count = len(anatomy.layers)
+    for layer in settings.protect_layers:
+        if not -count <= layer < count:
+            raise InvalidSettings(
+                f"protect_layers: the model has layers 0 to {count - 1}; got {layer}."
+            )
+    if settings.protect_layers and settings.layout == "uniform":
+        raise InvalidSettings(
+            "A uniform layout cuts every layer alike, so protect_layers must be empty; got "
+            f"{list(settings.protect_layers)}."
+        )
+    return Limits(
+        kinds=_kinds_to_cut(settings, anatomy, can_cut),
+        protected_layers=frozenset(layer % count for layer in settings.protect_layers),
+        multiple=settings.multiple,
+        uniform=settings.layout == "uniform",
+    )
+
+
+def _kinds_to_cut(
+    settings: PruneSettings, anatomy: Anatomy, can_cut: frozenset[str]
+) -> frozenset[str]:
+    there = {axis.kind for axis in anatomy.axes}
+    kinds: set[str] = set()
+    for name in settings.cut:
+        if name not in can_cut:
+            raise InvalidSettings(
+                f"cut: {settings.method} cuts {', '.join(sorted(can_cut))}; got {name}."
+            )
+        if settings.layout == "uniform" and name == "sublayers":
+            raise InvalidSettings(
+                "A uniform layout has the same sublayers in every layer, so sublayers cannot be "
+                "cut; got cut with sublayers. Use --layout per-layer, or cut whole layers."
+            )
+        found = CUTS[name] & there
+        # KV groups and neurons are the default: GPT-NeoX, which has neurons alone, follows it.
+        if not found and not (name == KV_GROUPS and NEURONS in settings.cut):
+            possible = ", ".join(name for name, kinds in CUTS.items() if kinds & there)
+            raise InvalidSettings(
+                f"cut: this model has no {name} that can be cut; it has {possible}."
+            )
+        kinds |= found
+    return frozenset(kinds)

@@ -1,0 +1,80 @@
+"""Exact arithmetic of parameters: how many a model has if its axes have given sizes.
+
+Each tensor is a product of sides, and each side a sum of products of axis sizes. The fused
+projection of a layer with n KV groups of r query heads of size h, say, has
+
+    n * r * h  +  n * 2h    rows (queries; keys and values)
+    d                       columns (hidden dimensions)
+
+parameters, and none if the layer goes: the axes of layers and sublayers, of size 1 or 0, are
+factors of all their tensors. Which entries belong to which axes, their slots say.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from .axes import Axis, AxisKey, side
+
+Term = tuple[int, tuple[AxisKey, ...]]
+"""A number of entries and the axes whose sizes it is multiplied by."""
+
+
+class ParameterCount:
+    """Counts the parameters of a model over the sizes of its axes. Tied tensors count once."""
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis]):
+        self.sizes = {axis.key: axis.size for axis in axes}
+        slots = defaultdict(lambda: defaultdict(list))
+        for axis in axes:
+            for slot in axis.slots:
+                slots[slot.tensor][slot.dim].append((axis.key, slot.index_UK))
+        self.constant = 0
+        self.tensors: list[list[list[Term]]] = []
+        self.touched_by: dict[AxisKey, list[int]] = {key: [] for key in self.sizes}
+        for parameter in model.parameters():
+            if parameter not in slots:
+                self.constant += parameter.numel()
+                continue
+            sides = [
+                self._terms(side(parameter, dim), slots[parameter][dim])
+                for dim in range(max(parameter.dim(), 1))
+            ]
+            for key in {key for terms in sides for _, keys in terms for key in keys}:
+                self.touched_by[key].append(len(self.tensors))
+            self.tensors.append(sides)
+
+    def _terms(self, length: int, slots: list[tuple[AxisKey, Tensor]]) -> list[Term]:
+        """Split the entries of a side by the set of axes that they belong to."""
+        membership = torch.zeros(length, dtype=torch.int64)
+        for bit, (_, index_UK) in enumerate(slots):
+            membership[index_UK.flatten()] |= 1 << bit
+        terms = []
+        patterns, counts = membership.unique(return_counts=True)
+        for pattern, entries in zip(patterns.tolist(), counts.tolist(), strict=True):
+            keys = tuple(key for bit, (key, _) in enumerate(slots) if pattern >> bit & 1)
+            whole = prod(self.sizes[key] for key in keys)
+            assert entries % whole == 0, f"{entries} entries do not divide over {keys}"
+            terms.append((entries // whole, keys))
+        return terms
+
+    def total(self, sizes: Mapping[AxisKey, int]) -> int:
+        """Parameters of the whole model; axes that `sizes` does not name stay as they are."""
+        sizes = {**self.sizes, **sizes}
+        return self.constant + sum(_numel(tensor, sizes) for tensor in self.tensors)
+
+    def touching(self, keys: Sequence[AxisKey], sizes: Mapping[AxisKey, int]) -> int:
+        """Parameters of the tensors in which any of the axes has a slot. `sizes` names all axes."""
+        indices = {index for key in keys for index in self.touched_by[key]}
+        return sum(_numel(self.tensors[index], sizes) for index in indices)
+
+
+def _numel(tensor: list[list[Term]], sizes: Mapping[AxisKey, int]) -> int:
+    return prod(
+        sum(count * prod(sizes[key] for key in keys) for count, keys in terms) for terms in tensor
+    )

@@ -1,0 +1,52 @@
+"""Tables that other packages may add to, through entry points of the group `adapt_pruner.NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from .errors import MissingExtra
+
+Row = TypeVar("Row")
+
+
+class Registry(Mapping[str, Row], Generic[Row]):
+    """Names and what they stand for: the rows of this package, then those of installed ones.
+
+    Entry points are looked up once, when the table is first read, and loaded when their row is. A
+    row of this package wins over a foreign one of the same name.
+    """
+
+    def __init__(self, name: str, rows: Mapping[str, Row]):
+        self.group = f"adapt_pruner.{name}"
+        self.own = dict(rows)
+        self._foreign: dict[str, EntryPoint] | None = None
+
+    @property
+    def foreign(self) -> dict[str, EntryPoint]:
+        if self._foreign is None:
+            found = entry_points(group=self.group)
+            self._foreign = {point.name: point for point in found if point.name not in self.own}
+        return self._foreign
+
+    def __getitem__(self, name: str) -> Row:
+        if name not in self.own:
+            point = self.foreign[name]
+            try:
+                self.own[name] = point.load()
+            except Exception as error:
+                raise MissingExtra(
+                    f"'{name}' is added by another package, as {point.value}, which cannot be "
+                    f"imported: {error}. Repair or remove that package."
+                ) from error
+        return self.own[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.own or name in self.foreign
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys([*self.own, *self.foreign])
+
+    def __len__(self) -> int:
+        return len({*self.own, *self.foreign})
