@@ -24,7 +24,8 @@ from transformers import (
 from adapt_pruner import prune
 from adapt_pruner.model import portable
 from adapt_pruner.model.layers import LayerConfig, layer_config
-from adapt_pruner.model.older_readers import old_rope_keys, tidy_tokenizer
+from adapt_pruner.model.edits import AddBias, Cut
+from adapt_pruner.model.older_readers import add_old_keys, old_rope_keys, tidy_tokenizer
 from adapt_pruner.report import pictures
 from conftest import character_tokenizer
 from picomodels import build, logits_of
@@ -83,6 +84,23 @@ def expected(home) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(scope="module")
+def altered(tmp_path_factory):
+    """A Llama without an attention and an MLP, with a bias that its configuration does not offer.
+    Returns its directory, portable, and the model."""
+    model = build("llama", torch.float32, mlp_bias=False)
+    none, some = torch.zeros(1, dtype=torch.bool), torch.arange(96) < 40
+    Cut({(0, "attention"): none, (1, "mlp"): none, (2, "neurons"): some}).apply(model)
+    AddBias({2: ("mlp.down_proj",)}).apply(model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.bias.fill_(0.3)
+    directory = tmp_path_factory.mktemp("altered") / "altered"
+    model.save_pretrained(directory)
+    portable.add_modeling_file(directory, model)
+    add_old_keys(directory)
+    return directory, model
+
+
 class TestOldKeys:
     @pytest.mark.parametrize("name", ["plain", "uniform", "portable"])
     def test_rope_and_dtype(self, home, name):
@@ -139,6 +157,13 @@ class TestOldKeys:
         monkeypatch.setattr(sys, "executable", OLD_PYTHON)
         wanted = outputs(AutoModelForCausalLM.from_pretrained(home / name).eval())
         Reading(expected={name: wanted}).run(home, "without", trust).check(name)
+
+    @pytest.mark.skipif(OLD_PYTHON is None, reason="ADAPT_PRUNER_OLD_PYTHON names no Python")
+    def test_transformers_4_skips_as_well(self, altered, monkeypatch):
+        monkeypatch.setattr(sys, "executable", OLD_PYTHON)
+        directory, model = altered
+        reading = Reading(expected={"altered": outputs(model)})
+        reading.run(directory.parent, "without", "trust").check("altered")
 
 
 class TestTokenizer:
@@ -231,6 +256,12 @@ class TestPortable:
         model.save_pretrained(tmp_path)
         assert read(tmp_path / "config.json")["architectures"] == ["LlamaForSequenceClassification"]
         assert (tmp_path / portable.FILE).is_file()
+
+    def test_what_layers_lack_or_have_more(self, tmp_path, altered):
+        """Skipped sublayers and added biases, where this package cannot be imported."""
+        Reading(expected={"altered": outputs(altered[1])}).run(
+            altered[0].parent, "without", "trust"
+        ).check("altered")
 
     def test_plain_checkpoint_gets_no_file(self, home, tmp_path):
         AutoModelForCausalLM.from_pretrained(home / "plain").save_pretrained(tmp_path)
