@@ -53,7 +53,8 @@ class TestEngines:
         assert found["vLLM"].command == "vllm serve smaller"
         for engine in ("SGLang", "TensorRT-LLM", "MLX", "ONNX Runtime GenAI"):
             assert "smaller" in found[engine].command
-            assert found[engine].note == "Not tried."
+            assert found[engine].note == ("" if engine == "MLX" else "Not tried.")
+        assert by_engine({**EQUAL, "model_type": "phi"})["MLX"].note == "Not tried."
 
     def test_portable(self):
         config = {**DIFFERENT, "auto_map": {"AutoModel": "modeling_pruned.LlamaModel"}}
@@ -62,6 +63,13 @@ class TestEngines:
     def test_heads_too_small_for_vllm(self):
         said = by_engine({**DIFFERENT, "head_dim": 8})["vLLM"]
         assert (said.command, said.note) == ("", "Its kernels refuse heads of 8 entries.")
+
+    def test_layers_without_attention(self):
+        skipping = {**EQUAL, "per_layer_config": {"0": {"skip": ["self_attn"]}, "1": {}}}
+        assert by_engine(skipping)["vLLM"].command == ""
+        assert "attention in every layer" in by_engine(skipping)["vLLM"].note
+        skipping = {**EQUAL, "per_layer_config": {"0": {"skip": ["mlp"]}, "1": {}}}
+        assert by_engine(skipping)["vLLM"].command
 
     def test_types_that_were_not_tried_say_so(self):
         assert "Not tried" not in by_engine(DIFFERENT)["vLLM"].note

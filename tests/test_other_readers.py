@@ -23,8 +23,8 @@ from transformers import (
 
 from adapt_pruner import prune
 from adapt_pruner.model import portable
-from adapt_pruner.model.layers import LayerConfig, layer_config
 from adapt_pruner.model.edits import AddBias, Cut
+from adapt_pruner.model.layers import LayerConfig, layer_config
 from adapt_pruner.model.older_readers import add_old_keys, old_rope_keys, tidy_tokenizer
 from adapt_pruner.report import pictures
 from conftest import character_tokenizer

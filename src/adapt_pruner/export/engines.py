@@ -13,7 +13,7 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-VLLM_TRIED = frozenset({"llama"})
+VLLM_TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "gemma3_text"})
 """Model types that vLLM's transformers backend served with layers of different width."""
 
 NATIVE_HEAD_SIZE = {"qwen2": "Qwen2", "granite": "Granite", "cohere2": "Cohere"}
@@ -68,6 +68,12 @@ class Model:
         """Name of vLLM's own class that takes another head size than the model has, if it does."""
         implied = self.implied_head_size
         return None if self.head_size == implied else NATIVE_HEAD_SIZE.get(self.model_type)
+
+    @property
+    def skips_attention(self) -> bool:
+        """Whether a layer has an MLP alone."""
+        layers = (self.config.get("per_layer_config") or {}).values()
+        return any("att" in name for layer in layers for name in layer.get("skip") or ())
 
     @property
     def mlp_widths(self) -> list[int]:
@@ -136,6 +142,8 @@ def _vllm(model: Model) -> Serving:
     size = model.head_size
     if size is not None and size < SMALLEST_VLLM_HEAD:
         return Serving("vLLM", note=f"Its kernels refuse heads of {size} entries.")
+    if model.skips_attention:
+        return Serving("vLLM", note="It needs an attention in every layer; some have none.")
     said = []
     flags = ""
     if model.layers_differ:
@@ -171,8 +179,10 @@ def _ollama(model: Model) -> Serving:
     )
 
 
-def _one_width(engine: str, command: str) -> Callable[[Model], Serving]:
-    """An engine that reads one width for all layers, and that was not tried."""
+def _one_width(
+    engine: str, command: str, tried: frozenset[str] = frozenset()
+) -> Callable[[Model], Serving]:
+    """An engine that reads one width for all layers; `tried` are model types that it served."""
 
     def describe(model: Model) -> Serving:
         if model.layers_differ:
@@ -180,7 +190,8 @@ def _one_width(engine: str, command: str) -> Callable[[Model], Serving]:
                 engine,
                 note="Reads one width for all layers: prune with `--layout uniform` for it.",
             )
-        return Serving(engine, command.format(place=model.place), "Not tried.")
+        note = "" if model.model_type in tried else "Not tried."
+        return Serving(engine, command.format(place=model.place), note)
 
     return describe
 
@@ -192,7 +203,7 @@ _ENGINES: tuple[Callable[[Model], Serving], ...] = (
     _ollama,
     _one_width("SGLang", "python -m sglang.launch_server --model-path {place}"),
     _one_width("TensorRT-LLM", "trtllm-serve {place}"),
-    _one_width("MLX", "mlx_lm.server --model {place}"),
+    _one_width("MLX", "mlx_lm.server --model {place}", frozenset({"llama"})),
     _one_width(
         "ONNX Runtime GenAI",
         "python -m onnxruntime_genai.models.builder -m {place} -o onnx -p int4 -e cpu",
