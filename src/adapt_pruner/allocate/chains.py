@@ -74,11 +74,11 @@ class Chain:
         """Of every stratum of every member."""
         return int(self.sizes[: self.removed].sum())
 
-    def remove_down_to(self, width: int) -> None:
-        """Remove the fewest blocks that leave at most `width` units, or all that may go."""
+    def remove_whole(self, entries: int) -> None:
+        """Remove the blocks that fit whole into what goes: at least `entries` stay, in units of the
+        axis's grain."""
         left = self.width - torch.cumsum(self.sizes, dim=0)
-        needed = int((left > width).sum()) + 1 if self.width > width else 0
-        self.removed = min(needed, len(self.sizes))
+        self.removed = int((left * self.members[0].grain >= entries).sum())
 
 
 class Removal:
