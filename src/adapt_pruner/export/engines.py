@@ -166,6 +166,7 @@ def _llama_cpp(model: Model) -> Serving:
     return Serving(
         "llama.cpp",
         f"adapt-pruner export {model.place} -o model.gguf\nllama-server -m model.gguf",
+        "`export` says so where llama.cpp has no place for what a model has.",
     )
 
 
