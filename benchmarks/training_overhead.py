@@ -64,7 +64,7 @@ def measure(request: AccelRequest, directory: Path, arguments) -> dict:
     with ExitStack() as stack:
         accelerator = make_accelerator(request, directory, stack)
         materials = gather(request, accelerator, AccelListener())
-        run = Run(request, RunDirectory(directory), materials, AccelListener())
+        run = Run(request, RunDirectory(directory, request.recipe()), materials, AccelListener())
         bare = BareLoop(request, materials.data)
         (phase,) = run.phases
         ours, bares, guard = [], [], SpikeGuard(3.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -302,7 +303,7 @@ def _domains():
 
 
 def _slicing():
-    from adapt_pruner import slicing
+    from adapt_pruner.model import edits as slicing
 
     return slicing
 
@@ -468,10 +469,64 @@ def test_whatever_a_kill_left_is_cleared_away(request_, tmp_path):
     assert not (place / "checkpoints").exists()
 
 
+def test_what_is_replaced_stays_until_the_new_run_is_whole(request_, uninterrupted, tmp_path):
+    """A dead run, a run of other settings, and a finished one beside which another begins."""
+    place = tmp_path / "run"
+    shutil.copytree(uninterrupted, place)
+    new = with_training(replace(request_, overwrite=True), learning_rate=1e-3)
+    run_accel(replace(new, stop_after=1), place)
+    assert_equal(place, uninterrupted)
+    run_accel(replace(with_training(new, learning_rate=2e-3), stop_after=1), place)
+    assert_equal(place, uninterrupted)
+    run_accel(replace(new, stop_after=1), place)
+    beside = place.with_name(".run.replacing")
+    first = [phase["evaluation"] for phase in closed_phases(beside)]
+    assert len(first) == 1
+    finish(new, place)  # goes on with the one that was stopped
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert "0.001" in (place / "recipe.yaml").read_text()
+    with pytest.raises(AssertionError):
+        assert_equal(place, uninterrupted)
+    finish(with_training(request_, learning_rate=1e-3), tmp_path / "fresh")
+    assert_equal(place, tmp_path / "fresh")
+
+
+def test_replacement_goes_on_without_the_flag_too(request_, uninterrupted, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(uninterrupted, place)
+    new = with_training(request_, learning_rate=1e-3)
+    run_accel(replace(new, stop_after=1, overwrite=True), place)
+    finish(new, place)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert "finished" in run_accel(new, place).stopped
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "README.md", "model.safetensors"])
+def test_work_of_others_in_a_run_is_not_replaced(request_, uninterrupted, tmp_path, name):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / name).write_text("years of work")
+    with pytest.raises(WritingError, match=f"or that were changed since: {name}"):
+        run_accel(replace(request_, overwrite=True), tmp_path / "run")
+    assert (tmp_path / "run" / name).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("what", ["model", "data", "evaluate"])
+def test_source_in_the_output_is_not_replaced(request_, uninterrupted, tmp_path, text_file, what):
+    place = tmp_path / "run"
+    shutil.copytree(uninterrupted, place)
+    source = place / "checkpoints" / "text.txt" if what in ("data", "evaluate") else place
+    source.parent.mkdir(exist_ok=True)
+    if source != place:
+        shutil.copy(text_file, source)
+    with pytest.raises(WritingError, match="is read by this run and lies in"):
+        run_accel(replace(request_, overwrite=True, **{what: str(source)}), place)
+    assert source.exists()
+
+
 def test_other_directories_are_not_touched(request_, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(WritingError, match="holds no run"):
+        with pytest.raises(WritingError, match=r"holds no run|no run wrote.*: thesis\.txt"):
             run_accel(replace(request_, overwrite=overwrite), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

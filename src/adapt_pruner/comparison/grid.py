@@ -16,7 +16,7 @@ from ..api import check_window_length, prune
 from ..checkpoint import save_result
 from ..data import CalibrationData
 from ..data.calibration import load_documents
-from ..errors import InvalidSettings, LoadingError, NonFiniteError
+from ..errors import InvalidSettings, LoadingError, NonFiniteError, shown
 from ..evaluation import Evaluation, ResultStore, Score, evaluate, fingerprint
 from ..evaluation.measure import Subject
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
@@ -137,12 +137,13 @@ def _check(request: ComparisonRequest) -> None:
         )
     for what, names in (
         ("methods", [variant.name for variant in request.variants]),
+        ("saved methods", [directory_name(v.name) for v in request.variants if request.save_to]),
         ("texts", [Path(text).name for text in request.text]),
     ):
         for name in names:
             if names.count(name) > 1:
                 raise InvalidSettings(
-                    f"Two {what} are called '{name}'; their columns could not be told apart."
+                    f"Two {what} are called {shown(name)} and could not be told apart."
                 )
 
 
@@ -281,8 +282,13 @@ class _Runner:
     def _place(self, cell: Cell) -> Path | None:
         if self.request.save_to is None:
             return None
-        name = re.sub(r"[^\w.]+", "-", cell.variant.name)
+        name = directory_name(cell.variant.name)
         return self.request.save_to / f"{name}-{cell.sparsity:g}-seed{cell.seed}"
+
+
+def directory_name(variant: str) -> str:
+    """The name of a variant as part of that of a directory."""
+    return re.sub(r"[^\w.]+", "-", variant)[:40]
 
 
 def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:

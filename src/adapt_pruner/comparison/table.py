@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -143,11 +144,11 @@ class Tables:
 
     def markdown(self) -> str:
         heads, rows = self.grid()
-        lines = [f"| {' | '.join(map(_markdown, heads))} |", "|" + " --- |" * len(heads)]
+        lines = [f"| {' | '.join(map(escape_markdown, heads))} |", "|" + " --- |" * len(heads)]
         for name, figures in rows:
-            cells = [_wrapped(figure, "**{}**", _markdown) for figure in figures]
-            lines.append(f"| {' | '.join([_markdown(name), *cells])} |")
-        return "\n".join([*lines, "", *self.notes(), ""])
+            cells = [_wrapped(figure, "**{}**", escape_markdown) for figure in figures]
+            lines.append(f"| {' | '.join([escape_markdown(name), *cells])} |")
+        return "\n".join([*lines, "", *map(escape_markdown, self.notes()), ""])
 
     def latex(self) -> str:
         r"""A table for \usepackage{booktabs}."""
@@ -286,8 +287,16 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _markdown(text: str) -> str:
-    return _one_line(text).replace("|", r"\|")
+_MARKDOWN = re.compile(r"([\\`*_\[\]#|~<>&$])")
+
+
+def escape_markdown(text: str) -> str:
+    r"""Text as Markdown shows it, without HTML, links, emphasis or columns of its own.
+
+    >>> print(escape_markdown("a_b <script> | 50%"))
+    a\_b \<script\> \| 50%
+    """
+    return _MARKDOWN.sub(r"\\\1", _one_line(text))
 
 
 def _one_line(text: str) -> str:

@@ -224,6 +224,12 @@ def definition_of(task: Any) -> str:
 
 
 def _limit(task: Any, settings: EvaluationSettings) -> int | None:
+    share, count = settings.limit, len(task.eval_docs)
+    if share and share * count < 1:
+        raise EvaluationError(
+            f"limit: a share of {share:g} of the {count} items of '{task.config.task}' is less "
+            "than one. Raise it, or give a number of items."
+        )
     size: Any = get_sample_size(task, settings.limit)  # type: ignore[arg-type]
     return int(size) if size else None
 

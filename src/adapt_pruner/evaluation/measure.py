@@ -165,7 +165,7 @@ class Subject:
         self._model: Any = None
         if isinstance(model, (str, os.PathLike)):
             self.name = os.fspath(model)
-            self.config = load_config(self.name, trust_remote_code)
+            self.config = load_config(self.name, trust_remote_code, prunable=False)
         else:
             self._model, self.config = model, model.config
             self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -351,7 +351,14 @@ class _Run:
         if limit and limit >= 1:
             most = int(limit)
         documents = evaluation_texts(source, self.settings.text_column, most)
-        return documents[: math.ceil(limit * len(documents))] if limit and limit < 1 else documents
+        if not limit or limit >= 1:
+            return documents
+        if documents and limit * len(documents) < 1:
+            raise InvalidSettings(
+                f"limit: a share of {limit:g} of {len(documents)} documents is less than one. "
+                "Raise it, or give a number of documents."
+            )
+        return documents[: math.ceil(limit * len(documents))]
 
     def _keep(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Record:
         record = self.store.read(key)

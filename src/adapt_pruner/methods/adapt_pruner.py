@@ -16,6 +16,7 @@ from ..allocate.schedules import AdaptiveSchedule, sizes_after_steps
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
 from ..errors import InvalidSettings
+from ..limits import Amplitude, Ridge, Rounds
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, KV_GROUPS, LAYERS, SUBLAYERS, Axis, Slot
 from ..model.edits import Cut
@@ -65,24 +66,22 @@ class AdaptPrunerSettings(PruneSettings):
         Field(description="Refit output projections on the units that stay, in closed form."),
     ] = "refit"
     ridge: Annotated[
-        float,
+        Ridge,
         Field(
-            gt=0,
             description="Strength of the refit's pull to the present weights; residual-fisher "
             "scores assume the same.",
         ),
     ] = 0.01
     steps: Annotated[
-        int,
+        Rounds,
         Field(
-            ge=1,
             description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
             "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
         ),
     ] = 10
     amplitude: Annotated[
-        float,
-        Field(ge=0, description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
+        Amplitude,
+        Field(description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
     ] = 0.02
     distance: Annotated[Distance, Field(description="How far a layer moves its input (eq. 3).")] = (
         Distance.COSINE

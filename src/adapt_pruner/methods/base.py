@@ -127,8 +127,15 @@ def limits_of(settings: PruneSettings, anatomy: Anatomy, can_cut: frozenset[str]
             "A uniform layout cuts every layer alike, so protect_layers must be empty; got "
             f"{list(settings.protect_layers)}."
         )
+    kinds = _kinds_to_cut(settings, anatomy, can_cut)
+    widths = [axis.size for axis in anatomy.of_kinds({NEURONS})]
+    if NEURONS in kinds and settings.multiple > 1 and settings.multiple >= max(widths):
+        raise InvalidSettings(
+            f"multiple: the widest MLP has {max(widths):,} neurons, so that none could be cut in "
+            f"multiples of {settings.multiple:,}. Lower it, or cut other things alone."
+        )
     return Limits(
-        kinds=_kinds_to_cut(settings, anatomy, can_cut),
+        kinds=kinds,
         protected_layers=frozenset(layer % count for layer in settings.protect_layers),
         multiple=settings.multiple,
         uniform=settings.layout == "uniform",

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..api import Listener, previous_record, prune
+from ..claims import claimed
 from ..data.sampling import updated_weights
 from ..errors import Interrupted, NonFiniteError
 from ..methods import make_settings
@@ -92,17 +93,21 @@ def run_accel(
         AdaptPrunerError: one of its kinds; what is on disk stays, and can be resumed.
     """
     check_together(request)
-    place, listener = RunDirectory(Path(output).expanduser()), listener or AccelListener()
-    began = time.perf_counter()
+    place = RunDirectory(Path(output), request.recipe(), request.overwrite)
+    listener, began = listener or AccelListener(), time.perf_counter()
     with ExitStack() as stack:
         accelerator = make_accelerator(request, place.directory, stack)
-        place.check(request.recipe(), request.overwrite)
-        if place.is_finished and not request.overwrite:
-            place.discard_leftovers()
+        place.check(request.sources())
+        is_finished = place.is_finished
+        accelerator.wait_for_everyone()  # all have looked before the first one changes something
+        if is_finished:
+            if accelerator.is_main_process:
+                with claimed(place.final):
+                    place.settle()
             return AccelOutcome(None, f"'{output}' holds this run already, finished.")
         materials = gather(request, accelerator, listener)
         if accelerator.is_main_process:
-            place.begin(request.recipe(), request.overwrite, stack)
+            place.begin(stack)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, request, stack)
         if request.recovery.alpha:
@@ -121,10 +126,7 @@ def run_accel(
             accelerator.wait_for_everyone()
             return AccelOutcome(result)
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"Interrupted at step {run.progress.step}. Run the same command again to go on "
-                f"from the last checkpoint in '{output}'."
-            ) from None
+            raise Interrupted(f"Interrupted at step {run.progress.step}. {place.kept()}.") from None
 
 
 @dataclass
@@ -300,10 +302,10 @@ class Run:
             guard.check(found.loss)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{error} at step {progress.step + 1} (phase {phase.number}). Nothing was written "
-                f"since the last checkpoint in '{self.place.directory}'. Lower --learning-rate "
-                f"({self.recovery.learning_rate:g}) or clean the data, and begin anew with "
-                "--overwrite; or go on with a higher --max-loss-spike, if it was a harmless one."
+                f"{error} at step {progress.step + 1} (phase {phase.number}). {self.place.kept()}."
+                f" Lower --learning-rate ({self.recovery.learning_rate:g}) or clean the data, and "
+                "begin anew with --overwrite; or go on with a higher --max-loss-spike, if it was a "
+                "harmless one."
             ) from error
         progress.step += 1
         progress.tokens += self.batch_tokens

@@ -134,7 +134,7 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
     check_window_length(model.config, request.settings)
     names = [("model", model.config)]
     if request.teacher:
-        teacher = load_config(request.teacher, request.trust_remote_code)
+        teacher = load_config(request.teacher, request.trust_remote_code, prunable=False)
         names.append((f"teacher '{request.teacher}'", teacher))
     for name, config in names:
         longest = getattr(config, "max_position_embeddings", None)
@@ -143,6 +143,11 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
                 f"sequence_length: the {name} reads at most {longest} tokens; got "
                 f"{recovery.sequence_length}."
             )
+    if recovery.lora_rank > model.config.hidden_size:
+        raise InvalidSettings(
+            f"lora_rank: at most the hidden size of {model.config.hidden_size:,}; got "
+            f"{recovery.lora_rank:,}."
+        )
     windows = tokens_per_step(recovery) // recovery.sequence_length
     if windows % num_processes:
         raise InvalidSettings(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..api import Listener
+from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
+from ..limits import Budget, Hours, Loss, Rounds, Steps, checked
 from ..result import PruningResult
 from ..settings import PruneSettings
 from .lora import require_peft
@@ -52,6 +54,16 @@ class AccelRequest:
             **self.recovery.model_dump(mode="json"),
         }
 
+    def sources(self) -> list[str | None]:
+        """Names of all that the run reads: directories, files or names on the hub.
+
+        Raises:
+            DataError: if the mixture cannot be read.
+        """
+        mixture = read_mixture(self.data)
+        named = [self.model, self.teacher, self.data, self.evaluate, self.settings.calibration]
+        return [*named, self.recovery.exclude, *(source.path for source in mixture.sources)]
+
 
 _RECIPE_NAMES = (
     "model", "data", "tokens", "sparsity", "params", "teacher", "evaluate", "portable",
@@ -81,13 +93,22 @@ class AccelListener:
     def on_phase_end(self, record: dict[str, Any]) -> None: ...
 
 
+_NUMBERS: dict[str, Any] = {
+    "tokens": Budget,
+    "save_steps": Steps,
+    "stop_after": Rounds,
+    "max_hours": Hours,
+    "max_loss": Loss,
+}
+
+
 def check_together(request: AccelRequest) -> None:
     """Raise InvalidSettings for what cannot be asked for, or not together."""
     recovery, settings = request.recovery, request.settings
-    for name in ("tokens", "save_steps"):
+    for name, kind in _NUMBERS.items():
         value = getattr(request, name)
-        if type(value) is not int or value < 1:
-            raise InvalidSettings(f"{name}: a whole number of at least 1; got {value!r}.")
+        if value is not None or name in ("tokens", "save_steps"):
+            checked(kind, name, value)
     if isinstance(request.report_to, str):
         raise InvalidSettings(
             f"report_to: a list of names, such as ['tensorboard']; got '{request.report_to}'."

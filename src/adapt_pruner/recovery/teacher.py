@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.sampling import WindowSampler
-from ..errors import InvalidSettings, WritingError
+from ..errors import InvalidSettings, WritingError, shown
 from ..files import refusal
 from .objective import Teaching, store_teaching
 
@@ -223,7 +223,8 @@ def common_tokens(
         there = f"is number {theirs[token]}" if token in theirs else "does not exist"
         raise InvalidSettings(
             f"teacher: '{teacher_name}' has another vocabulary than the model: {len(differing):,} "
-            f"of {len(mine):,} tokens differ; {token!r}, number {mine[token]} here, {there} there. "
+            f"of {len(mine):,} tokens differ; {shown(token)}, number {mine[token]} here, {there} "
+            "there. "
             "Their predictions cannot be compared; take a teacher of the same family."
         )
     needed = min(max(mine.values()) + 1, own_size)
