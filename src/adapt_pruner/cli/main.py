@@ -100,8 +100,7 @@ def main(args: list[str] | None = None) -> None:
 def _end_of_ours(arguments: list[str]) -> int:
     """Where another program's arguments begin: at the command `with`."""
     verb = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
-    is_with = verb is not None and arguments[verb] == "with"
-    return verb if is_with and verb is not None else len(arguments)
+    return len(arguments) if verb is None or arguments[verb] != "with" else verb
 
 
 def _check_arguments(arguments: list[str]) -> None:
