@@ -13,7 +13,21 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-VLLM_TRIED = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "gemma3_text"})
+VLLM_TRIED = frozenset(
+    {
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+    }
+)
 """Model types that vLLM's transformers backend served with layers of different width."""
 
 NATIVE_HEAD_SIZE = {"qwen2": "Qwen2", "granite": "Granite", "cohere2": "Cohere"}
