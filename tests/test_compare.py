@@ -16,10 +16,12 @@ from adapt_pruner.comparison import grid
 from adapt_pruner.comparison.grid import Cell, CellResult, Comparison, ComparisonRequest
 from adapt_pruner.comparison.picture import pareto_front
 from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex, escape_markdown
-from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, parse_sweep
+from adapt_pruner.comparison.variants import VARIANTS, Variant, make_variants, parse_sweep
 from adapt_pruner.errors import InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.evaluation import Evaluation, Score
-from adapt_pruner.settings import EvaluationSettings, make_settings
+from adapt_pruner.evaluation import store as stored
+from adapt_pruner.methods import make_settings
+from adapt_pruner.settings import EvaluationSettings
 
 PERPLEXITY = Metric("text.txt", "token_perplexity", False)
 ACCURACY = Metric("PIQA", "acc_norm", True)
@@ -141,11 +143,11 @@ class TestArithmetic:
 
 class TestVariants:
     def test_methods_of_the_package_are_valid(self):
-        assert [variant.name for variant in make_variants((), METHODS)] == list(METHODS)
+        assert [variant.name for variant in make_variants((), VARIANTS)] == list(VARIANTS)
 
     def test_sweep_is_a_product(self):
         sweeps = [parse_sweep("amplitude=0,1e-2"), parse_sweep("steps=5,10")]
-        found = make_variants(["paper"], METHODS, sweeps, {"windows": 8})
+        found = make_variants(["paper"], VARIANTS, sweeps, {"windows": 8})
         assert [variant.name for variant in found] == [
             "paper, amplitude 0, steps 5",
             "paper, amplitude 0, steps 10",
@@ -171,7 +173,7 @@ class TestVariants:
 
     def test_amplitude_without_effect(self):
         with pytest.raises(InvalidSettings, match="no effect; sweep it with --methods paper"):
-            make_variants(["best"], METHODS, [parse_sweep("amplitude=0,0.1")])
+            make_variants(["best"], VARIANTS, [parse_sweep("amplitude=0,0.1")])
 
 
 @pytest.fixture
@@ -183,7 +185,7 @@ def request_of(llama, text_file, tmp_path):
                      "calibration": str(text_file)}  # fmt: skip
         values = {
             "model": str(llama),
-            "variants": make_variants(["best", "random"], METHODS, (), overrides),
+            "variants": make_variants(["best", "random"], VARIANTS, (), overrides),
             "sparsities": [0.3],
             "seeds": range(2),
             "text": [str(text_file)],
@@ -227,6 +229,30 @@ class TestRuns:
         assert len(pruned) == 4
         assert values(again) == values(first)
         assert all(result.was_cached for result in again.results)
+
+    def test_other_code_computes_anew(self, request_of, store, pruned, monkeypatch):
+        request = request_of(seeds=[0])
+        first = grid.compare(request, store)
+        of_modules = grid.code.of_modules
+        changed = [grid.code.TEXT]
+        monkeypatch.setattr(
+            grid.code, "of_modules", lambda r: "x" if r in changed else of_modules(r)
+        )
+        measured = grid.compare(request, store)
+        assert not any(result.was_cached for result in measured.results)
+        assert values(measured) == values(first)
+        count = len(pruned)
+        changed.append(grid.code.PRUNING)
+        grid.compare(request, store)
+        assert len(pruned) == count + 2
+
+    def test_figures_of_several_commits_are_told(self, request_of, store, monkeypatch):
+        monkeypatch.setattr(stored, "git_hash", lambda: "0123456789")
+        first = grid.compare(request_of(seeds=[0]), store)
+        assert "commits" not in " ".join(Tables(first).notes())
+        monkeypatch.setattr(stored, "git_hash", lambda: "abcdefabcd-dirty")
+        notes = " ".join(Tables(grid.compare(request_of(), store)).notes())
+        assert "at 2 commits (0123456, abcdefa-dirty)" in notes
 
     def test_same_figure_as_evaluate_gives(self, request_of, store, tmp_path):
         from adapt_pruner.evaluation import evaluate
@@ -383,7 +409,7 @@ class TestCommand:
             (["--methods", ","], "expected names with commas; got ','"),
             (["--sparsities", "a"], "expected numbers such as 0.2,0.4; got 'a'"),
             (["--sparsities", "20"], "sparsity"),
-            (["--sparsities", "0.2,0.99"], "smallest"),
+            (["--sparsities", "0.2,0.99"], "below what is possible"),
             (["--seeds", "0"], "--seeds"),
             (["--vary", "amplitude=x", "--methods", "paper"], "Method 'paper': amplitude:"),
             (["--variants", "absent.yaml"], "There is no variants file 'absent.yaml'"),

@@ -32,8 +32,8 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 @pytest.fixture(scope="module")
 def pruned(llama, text_file, tmp_path_factory) -> Path:
     """Directory of a run on the tiny Llama, with quality measured. Not to be written to."""
+    from adapt_pruner.methods import make_settings
     from adapt_pruner.run import Request, run_pruning
-    from adapt_pruner.settings import make_settings
 
     directory = tmp_path_factory.mktemp("runs") / "tiny & <pruned>"
     settings = make_settings(
@@ -173,9 +173,22 @@ class TestFacts:
 
     def test_record_of_an_earlier_version(self, run):
         record = json.loads((run / "run.json").read_text())
-        for key in ("unit_parameters", "protocol", "base_model"):
-            del record[key]
+        for key in ("protocol", "base_model", "layers_left"):
+            record.pop(key, None)
+        for size in (record["before"], record["after"]):
+            del size["layers"], size["parts"]
         (run / "run.json").write_text(json.dumps(record))
+        groups = read_run(run).kept_groups
+        pruning = json.loads((run / "pruning.json").read_text())
+        (cut,) = pruning.pop("edits")
+        kinds = {"kv-groups": "attention", "neurons": "mlp"}
+        layers = {}
+        for name, entry in cut["axes"].items():
+            layer, kind = name.split("/")
+            if kind in kinds:
+                layers.setdefault(layer, {})[kinds[kind]] = entry
+        (run / "pruning.json").write_text(json.dumps({**pruning, "format": 1, "layers": layers}))
+        assert read_run(run).kept_groups == groups
         page = Page(render([read_run(run)]))
         assert page.charts == 4  # without the parameters by part
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
 from .methods import PruningStep, Work, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
-from .model.edits import Edit, Keep, edit_of
+from .model.edits import Edit, edit_of
 from .model.history import History
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
 from .settings import PruneSettings
@@ -42,7 +42,6 @@ def prune(
     preset: str | None = None,
     listener: Listener | None = None,
     group: Any = None,
-    decide: Callable[[Keep], Keep] = lambda keep: keep,
     **overrides: Any,
 ) -> PruningResult:
     """Make `model` smaller, in place, to exactly the size named.
@@ -57,9 +56,9 @@ def prune(
         settings: all settings at once; or a `preset` and single settings as keywords, `method`
             among them.
         listener: hears of progress.
-        group: processes (torch.distributed) that prune the same model and share the calibration
-            windows; default: this one alone, whatever else runs.
-        decide: with a `group`, makes all of them keep the same units.
+        group: processes of torch.distributed that each hold the whole model and all make this call:
+            they share the calibration windows, the first one decides, and all end with the same
+            weights. Default: this process alone, whatever else is initialised.
 
     Raises:
         AdaptPrunerError: one of its kinds, before anything is changed, except for non-finite
@@ -84,7 +83,7 @@ def prune(
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = calibration_for(model, tokenizer, settings)
-    work = Work(model, calibration, (target,), settings, group=group, decide=decide)
+    work = Work(model, calibration, (target,), settings, group=group)
     return next(prune_to_sizes(work, tokenizer, listener))
 
 

@@ -162,7 +162,7 @@ def _chain(members: list[Axis], scores: Scores, limits: Limits, anatomy: Anatomy
     axis = members[0]
     sizes = _block_sizes(axis, limits, anatomy)
     unit_cost = sum(member.unit_cost * member.strata for member in members)
-    sums = [_strata(m, scores[m.key].double().cpu()).sort(dim=1).values.sum(dim=0) for m in members]
+    sums = [_strata(m, scores[m.key].cpu().double()).sort(dim=1).values.sum(dim=0) for m in members]
     ascending = torch.stack(sums).sum(dim=0)
     ends = torch.cumsum(sizes, dim=0)
     running = torch.cat([torch.zeros(1, dtype=torch.float64), ascending.cumsum(0)])

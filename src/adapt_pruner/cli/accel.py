@@ -38,7 +38,11 @@ RECIPE_KEYS = {
 @click.command("accel", cls=MethodCommand)
 @run_options
 @click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
-@click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
+@click.option(
+    "--data",
+    help="Training text: as --calibration, or a mixture (YAML, or adapt-llm). It is also what cuts "
+    "are calibrated on, unless --calibration names other text.",
+)
 @click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
 @click.option("--stop-after", type=Number(Rounds), help="Stop after this phase, to go on later.")
 @click.option("--max-hours", type=Number(Hours), help="Stop this call after so long.")
@@ -74,8 +78,7 @@ def command(
     adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
     adapt-pruner accel --recipe recipes/accel-demo.yaml -o small
     """
-    from ..recovery.request import AccelRequest
-    from ..run import default_calibration
+    from ..recovery.request import TRAINING_DATA, AccelRequest
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
@@ -103,7 +106,7 @@ def command(
     flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
     request = AccelRequest(
         model=model,
-        settings=resolve_settings(preset, default_calibration(model), said, options),
+        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
         recovery=make_recovery_settings(**{**from_recipe, **given}),
         report_to=trackers,
         **values,

@@ -13,7 +13,15 @@ from ..errors import UnsupportedModel
 if TYPE_CHECKING:
     from ..inspection import Inspection
 
-KINDS = {"attention": "KV groups", "mlp": "neurons"}
+KINDS = {
+    "kv-groups": "KV groups",
+    "query-heads": "query heads",
+    "neurons": "neurons",
+    "attention": "attention of layers",
+    "mlp": "MLPs of layers",
+    "layers": "decoder layers",
+    "hidden": "hidden dimensions",
+}
 
 
 @click.command("inspect")

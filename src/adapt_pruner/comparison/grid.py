@@ -17,8 +17,9 @@ from ..checkpoint import save_result
 from ..data import CalibrationData
 from ..data.calibration import load_documents
 from ..errors import InvalidSettings, LoadingError, NonFiniteError, shown
-from ..evaluation import Evaluation, ResultStore, Score, evaluate, fingerprint
-from ..evaluation.measure import Subject
+from ..evaluation import Evaluation, ResultStore, Score, code, evaluate, fingerprint
+from ..evaluation.store import Record
+from ..evaluation.subject import Subject
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
 from ..result import PruningResult
@@ -71,6 +72,8 @@ class CellResult:
     was_cached: bool = False
     error: str = ""
     """Why there are no scores, if there are none."""
+    commits: frozenset[str] = frozenset()
+    """States of the code, as git tells them, at which the figures were computed."""
 
 
 @dataclass
@@ -202,7 +205,10 @@ class _Runner:
             target = self.targets[cell.variant, cell.sparsity]
             return CellResult(cell, target, 0.0, [], error=str(error))
         cached = model is None and found.num_cached == len(found.records)
-        return CellResult(cell, known["parameters"], known["seconds"], found.scores, cached)
+        return CellResult(
+            cell, known["parameters"], known["seconds"], found.scores, cached,
+            commits=commits_of(found.records, self.store.read(key)),
+        )  # fmt: skip
 
     def _key(self, cell: Cell, settings: PruneSettings) -> dict[str, Any]:
         """Everything that the pruned weights depend on."""
@@ -215,6 +221,7 @@ class _Runner:
             "calibration": self._read(settings)[1],
             "device": resolve_device(settings.device).split(":")[0],
             "versions": fingerprint.versions(),
+            "code": code.of_modules(code.PRUNING),
         }
 
     def _read(self, settings: PruneSettings) -> tuple[list[Tensor], str]:
@@ -299,6 +306,12 @@ def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:
     mean = statistics.geometric_mean(score.value for score in found)
     tokens = sum(score.num_samples for score in found)
     return [Score(MEAN_OVER_TEXTS, "token_perplexity", mean, None, None, tokens, False)]
+
+
+def commits_of(records: Sequence[Record], *more: Record | None) -> frozenset[str]:
+    """The commits at which results were computed, where git tells them."""
+    found = (record.git_hash for record in (*records, *more) if record is not None)
+    return frozenset(commit for commit in found if commit)
 
 
 class _OtherWeights(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..evaluation import Score, fingerprint
 from ..evaluation.store import git_hash
-from .grid import Comparison
+from .grid import Comparison, commits_of
 from .variants import Variant
 
 MISSING = "–"
@@ -245,6 +245,14 @@ class Tables:
         if request.evaluation.limit:
             said.append(f"Measured on a part (limit {request.evaluation.limit:g}).")
         said.append(f"Made with adapt-pruner {__version__}.")
+        results = self.comparison.results
+        commits = commits_of(dense.records).union(*(result.commits for result in results))
+        if len(commits) > 1:
+            said.append(
+                f"Figures were computed at {len(commits)} commits "
+                f"({', '.join(sorted(map(_short, commits)))}), with the same code for what "
+                "determines them; seconds may differ."
+            )
         for result in self.comparison.results:
             if result.error:
                 said.append(f"No result for {result.cell}: {result.error}")
@@ -269,6 +277,15 @@ class Tables:
 def _name(model: str) -> str:
     """A model's name on the hub, or that of its directory."""
     return Path(model).name if Path(model).exists() else model
+
+
+def _short(commit: str) -> str:
+    """
+    >>> _short("0123456789abcdef-dirty")
+    '0123456-dirty'
+    """
+    name, dash, state = commit.partition("-")
+    return f"{name[:7]}{dash}{state}"
 
 
 _LATEX = {

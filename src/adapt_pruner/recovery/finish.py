@@ -6,25 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 from ..checkpoint import save_result
 from ..durable import flush, flush_tree
 from ..files import writing
 from ..report import write_page
 from ..report.training_pictures import draw_training
 from ..result import PruningResult
-from ..run import store_as
 from .request import AccelRequest
 from .state import RunDirectory
 
 
-def write_result(
-    result: PruningResult,
-    request: AccelRequest,
-    place: RunDirectory,
-    stored_dtype: torch.dtype | None,
-) -> None:
+def write_result(result: PruningResult, request: AccelRequest, place: RunDirectory) -> None:
     """Write model and account into the run's directory; then what only a resume needs goes.
 
     config.json and at last run.json arrive after all else, so that neither a tool nor a resume
@@ -33,8 +25,6 @@ def write_result(
     Raises:
         WritingError: for whatever the disk refuses.
     """
-    if request.settings.dtype == "auto" and stored_dtype is not None:
-        store_as(result.model, stored_dtype)
     directory, name = place.directory, place.final.name
     whole = directory / ".result"
     with writing(place.final, place.kept()):

@@ -16,6 +16,9 @@ from .lora import require_peft
 from .schedule import Phase
 from .settings import RecoverySettings
 
+TRAINING_DATA = "training data"
+"""As `calibration`: windows of what the run trains on."""
+
 
 @dataclass(frozen=True)
 class AccelRequest:
@@ -47,7 +50,9 @@ class AccelRequest:
     def recipe(self) -> dict[str, Any]:
         """All that determines the result, so that the run can be repeated."""
         own = {name: getattr(self, name) for name in _RECIPE_NAMES}
-        said = {name: value for name, value in own.items() if value not in (None, False)}
+        said = {
+            name: value for name, value in own.items() if value is not None and value is not False
+        }
         return {
             **said,
             **self.settings.model_dump(mode="json"),

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..claims import check_replaceable, claimed
 from ..durable import flush, remove, take_place
@@ -135,7 +136,7 @@ class RunDirectory:
 
         Raises:
             WritingError: if the directory holds something else, or cannot be written.
-            InvalidSettings: if it holds a run of other settings: which.
+            InvalidSettings: if it holds a run of other settings; the message names them.
         """
         place, file = self.final, self.final / REQUEST_FILE
         check_output(place, overwrite=True)
@@ -208,6 +209,7 @@ class RunDirectory:
         weights: dict[str, Tensor],
         moments: Moments,
         tokenizer: Any,
+        random_states: dict[str, Tensor],
     ) -> None:
         """Write a checkpoint; older ones are removed when the disk holds it."""
         place = self.directory / CHECKPOINTS / f"step-{progress.step:08}"
@@ -220,7 +222,7 @@ class RunDirectory:
                 model.generation_config.save_pretrained(partial)
             save_file(_contiguous(weights), partial / "model.safetensors", {"format": "pt"})
             save_file(_contiguous(flatten(moments)), partial / "moments.safetensors")
-            save_file(_random_states(), partial / "random.safetensors")
+            save_file(random_states, partial / "random.safetensors")
             tokenizer.save_pretrained(partial)
             write_json(partial / "progress.json", asdict(progress))
         for older in self.checkpoints():
@@ -229,14 +231,15 @@ class RunDirectory:
         write_atomically(self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n")
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first. What a killed run left half-written is removed."""
-        parent = self.directory / CHECKPOINTS
-        for partial in parent.glob(".step-*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        return sorted(parent.glob("step-*"))
+        """Whole checkpoints, oldest first."""
+        return sorted((self.directory / CHECKPOINTS).glob("step-*"))
 
     def resume(self, write: bool) -> tuple[Progress, Path] | None:
-        """The newest checkpoint, if there is one; with `write`, the log is cut back to it."""
+        """The newest checkpoint, if there is one. With `write`, the log is cut back to it, and what
+        a killed run left half-written is removed."""
+        if write:
+            for partial in (self.directory / CHECKPOINTS).glob(".step-*"):
+                shutil.rmtree(partial, ignore_errors=True)
         found = self.checkpoints()
         progress = _progress_in(found[-1]) if found else Progress()
         if write and self.log.exists():
@@ -259,12 +262,21 @@ class RunDirectory:
         for partial in [*self.directory.glob("..result.*"), self.directory / ".result"]:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def read_tensors(self, checkpoint: Path, model: Any) -> Moments:
-        """Read the weights of `model`, which is mutated, and return the moments."""
+    def read_weights(self, checkpoint: Path, model: Any) -> None:
+        """Fill `model` with the weights of a checkpoint, one tensor after the other."""
         parameters = dict(model.named_parameters())
         for name, tensor in _tensors(checkpoint / "model.safetensors"):
             parameters[name].data.copy_(tensor)
-        return unflatten(_tensors(checkpoint / "moments.safetensors"))
+
+    def read_moments(self, checkpoint: Path, device: torch.device) -> Moments:
+        """The moments of a checkpoint, on `device`; numbers of steps stay on the CPU."""
+        return unflatten(
+            (key, tensor if key.endswith("|step") else tensor.to(device))
+            for key, tensor in _tensors(checkpoint / "moments.safetensors")
+        )
+
+    def read_random_states(self, checkpoint: Path) -> dict[str, Tensor]:
+        return dict(_tensors(checkpoint / "random.safetensors"))
 
 
 def _progress_in(checkpoint: Path) -> Progress:
@@ -283,29 +295,16 @@ def _is_scrap(entry: Path) -> bool:
     return entry.name.startswith((f".{REQUEST_FILE}.", ".lock"))
 
 
-def rebuild_model(checkpoint: Path, source: Any) -> Any:
-    """A model of the checkpoint's widths, with the class, dtype and device of `source`."""
-    config = type(source.config).from_pretrained(checkpoint)
-    config._name_or_path = source.config._name_or_path
-    with torch.device(source.device):
-        model = type(source)(config)
-    store_as(model, source.dtype)
-    model.generation_config = source.generation_config
+def rebuild_model(checkpoint: Path, empty: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of the checkpoint's widths, of the class of `empty`. Its weights are to be filled."""
+    config = type(empty.config).from_pretrained(checkpoint)
+    config._name_or_path = empty.config._name_or_path
+    with torch.device(device):
+        model = type(empty)(config)
+    store_as(model, dtype)
+    if (checkpoint / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model.eval()
-
-
-def restore_random_states(checkpoint: Path) -> None:
-    states = dict(_tensors(checkpoint / "random.safetensors"))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _tensors(file: Path):

@@ -23,7 +23,9 @@ from torch import Tensor
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings, WritingError, shown
 from ..files import refusal
+from ..model.loading import empty_model, load_tokenizer
 from .objective import Teaching, store_teaching
+from .request import AccelRequest
 
 SHARD_WINDOWS = 256
 
@@ -48,7 +50,7 @@ class OnlineTeacher:
 
 @contextmanager
 def set_aside(teacher: Any) -> Iterator[None]:
-    """Keep a teacher that runs along out of a GPU's memory, which a cut has need of."""
+    """Move a teacher that runs along to main memory, because a cut needs the GPU's."""
     on_gpu = isinstance(teacher, OnlineTeacher) and teacher.accelerator.device.type == "cuda"
     if on_gpu:
         teacher.model.to("cpu")
@@ -202,6 +204,18 @@ def _answers(
         "log_total": kept.log_total_N,
     }
     return {name: tensor.unflatten(0, ids_BT.shape).cpu() for name, tensor in tensors.items()}
+
+
+def shared_tokens(request: AccelRequest, model: Any, tokenizer: Any) -> int:
+    """Leading logits that the model has in common with its teacher, see `common_tokens`. `model`
+    may be on `meta`."""
+    own = model.config.vocab_size
+    if not request.teacher:
+        return own
+    trust = request.trust_remote_code
+    teacher = empty_model(request.teacher, trust, prunable=False)
+    theirs = load_tokenizer(request.teacher, trust)
+    return common_tokens(tokenizer, own, theirs, teacher.config.vocab_size, request.teacher)
 
 
 def common_tokens(

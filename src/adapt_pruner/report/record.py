@@ -164,9 +164,17 @@ class _Edit(BaseModel):
     axes: dict[Annotated[str, StringConstraints(pattern=r"^-?\d{1,5}/[a-z-]+$")], _Pruned] = {}
 
 
+class _Pruning(BaseModel):
+    """Of a pruning.json, what is read of it, in either format."""
+
+    format: int = 1
+    layers: dict[int, dict[str, Any]] = {}
+    edits: list[dict[str, Any]] = []
+
+
 def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
     """Layer -> how many KV groups it had, and which of them stayed."""
-    edits = edits_of_record(parse(dict[str, Any], file))
+    edits = edits_of_record(parse(_Pruning, file).model_dump())
     found = {}
     for name, axis in _checked(list[_Edit], edits[:1], file)[0].axes.items() if edits else ():
         layer, _, kind = name.partition("/")
