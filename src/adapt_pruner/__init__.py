@@ -7,10 +7,12 @@ Nothing else happens at import; the names below are imported when they are first
 from importlib import import_module
 
 from .model import layers as _per_layer
+from .model import portable as _portable
 
 __version__ = "0.1.0"
 
 _per_layer.register()
+_portable.register()
 
 _EXPORTS = {
     "AdaptPrunerError": "errors",

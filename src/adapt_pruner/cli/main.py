@@ -43,6 +43,7 @@ class Program(click.Group):
         "compare": "compare",
         "report": "report",
         "demo": "demo",
+        "with": "with_command",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -73,9 +74,12 @@ def program(debug: bool) -> None:  # main() looks at --debug
 def main(args: list[str] | None = None) -> None:
     """Run the program and exit. Every error is one message on stderr and a non-zero status."""
     arguments = sys.argv[1:] if args is None else args
-    debug = "--debug" in arguments  # anywhere: it is an afterthought
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    _check_arguments(arguments)
+    # Anywhere, because it is an afterthought; but what stands after `with` is another program's.
+    end = _end_of_ours(arguments)
+    debug = "--debug" in arguments[:end]
+    ours = [argument for argument in arguments[:end] if argument != "--debug"]
+    _check_arguments(ours)
+    arguments = [*ours, *arguments[end:]]
     with _stops_at_sigterm() as signals:
         try:
             program.main(args=arguments, prog_name="adapt-pruner", standalone_mode=False)
@@ -93,6 +97,12 @@ def main(args: list[str] | None = None) -> None:
             if debug:
                 raise
             _fail(*_explained(error, arguments))
+
+
+def _end_of_ours(arguments: list[str]) -> int:
+    """Where another program's arguments begin: at the command `with`."""
+    verb = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    return len(arguments) if verb is None or arguments[verb] != "with" else verb
 
 
 def _check_arguments(arguments: list[str]) -> None:

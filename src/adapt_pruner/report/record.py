@@ -210,6 +210,11 @@ class Run:
         """Whether layers differ in width, so that a reader must import this package."""
         return bool(self.config.get("per_layer_config"))
 
+    @property
+    def is_portable(self) -> bool:
+        """Whether it carries the code that other readers need."""
+        return bool(self.config.get("auto_map"))
+
 
 def read_run(directory: str | Path, name: str | None = None) -> Run:
     """Read the directory of a run; its weights are not touched.
