@@ -34,7 +34,7 @@ from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery import finish as finishing
 from adapt_pruner.recovery import lora, materials, run, state, training
 from adapt_pruner.recovery.accel import accel, run_accel
-from adapt_pruner.recovery.plan import plan_accel
+from adapt_pruner.recovery.estimate import plan_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.run import Run
 from adapt_pruner.recovery.settings import make_recovery_settings

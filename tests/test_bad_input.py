@@ -688,7 +688,7 @@ class TestCalibration:
 
     def test_not_utf8(self, refuse, workplace):
         (workplace / "latin.txt").write_bytes("café".encode("latin-1"))
-        refuse(calibration="latin.txt", says="'latin.txt' is not UTF-8 text (byte 3)")
+        refuse(calibration="latin.txt", says="'latin.txt' line 1 is not UTF-8 text")
 
     def test_files_of_no_known_form(self, refuse, workplace):
         (workplace / "data").mkdir()

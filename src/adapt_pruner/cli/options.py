@@ -336,3 +336,15 @@ def named_model(model: str | None, output: Path | None, dry_run: bool) -> str:
     if output is None and not dry_run:
         raise click.UsageError("Name the directory to write: -o DIR.")
     return model
+
+
+def check_before(models: Sequence[str], file: Path | None, trust_remote_code: bool) -> None:
+    """Raise now what would end a measurement later: a file that cannot be written, and models that
+    there are not or that are no causal ones."""
+    from ..files import check_file
+    from ..model.loading import check_causal, load_config
+
+    if file is not None:
+        check_file(file)
+    for name in models:
+        check_causal(load_config(name, trust_remote_code, prunable=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from .options import (
     resolve_settings,
     run_options,
 )
+
+if TYPE_CHECKING:
+    from ..run import Request
 
 RECIPE_KEYS = {
     "model": (str,),
@@ -47,25 +50,15 @@ def command(
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
     """
     from ..model.loading import is_gguf
-    from ..run import Request, default_calibration, plan_run, run_pruning, run_pruning_to_gguf
+    from ..run import plan_run, run_pruning, run_pruning_to_gguf
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
-    own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
-    overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
-    preset = options.pop("preset", None)
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
     if quantize and not to_gguf:
         raise click.UsageError("--quantize is for GGUF files: name one, -o smaller.gguf.")
-    values = own_values(own, said)
-    request = Request(
-        model=model,
-        settings=resolve_settings(preset, default_calibration(model), said, options),
-        overwrite=overwrite,
-        trust_remote_code=bool(trust),
-        **{**values, "portable": bool(values["portable"])},
-    )
+    request = _request(model, said, options)
     console.hush_libraries()
     if dry_run:
         console.show_plan(plan_run(request))
@@ -84,3 +77,20 @@ def command(
         click.echo(f"written to {output}")
     else:
         show_export(exported)
+
+
+def _request(model: str, said: dict[str, Any], options: dict[str, Any]) -> Request:
+    """What the recipe says and the flags ask for together. A flag overrides the recipe."""
+    from ..run import Request, default_calibration
+
+    own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
+    overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
+    preset = options.pop("preset", None)
+    values = own_values(own, said)
+    return Request(
+        model=model,
+        settings=resolve_settings(preset, default_calibration(model), said, options),
+        overwrite=overwrite,
+        trust_remote_code=bool(trust),
+        **{**values, "portable": bool(values["portable"])},
+    )

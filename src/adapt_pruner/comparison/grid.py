@@ -307,7 +307,7 @@ def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:
         return []
     mean = statistics.geometric_mean(score.value for score in found)
     tokens = sum(score.num_samples for score in found)
-    return [Score(MEAN_OVER_TEXTS, "token_perplexity", mean, None, None, tokens, False)]
+    return [Score.of_text(MEAN_OVER_TEXTS, "token_perplexity", mean, None, tokens)]
 
 
 def commits_of(records: Sequence[Record], *more: Record | None) -> frozenset[str]:
