@@ -27,6 +27,7 @@ from adapt_pruner.errors import (
     NonFiniteError,
     WritingError,
 )
+from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery import accel, lora, state, training
 from adapt_pruner.recovery import finish as finishing
 from adapt_pruner.recovery.accel import Run, run_accel
@@ -34,7 +35,6 @@ from adapt_pruner.recovery.plan import plan_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
-from adapt_pruner.settings import make_settings
 from picomodels import VOCAB_SIZE, build
 
 TRAINING = {

@@ -22,10 +22,10 @@ from adapt_pruner import PruningResult, checkpoint, durable, prune
 from adapt_pruner.claims import claimed, write_record
 from adapt_pruner.errors import WritingError
 from adapt_pruner.files import atomic_directory, check_output
+from adapt_pruner.methods import make_settings
 from adapt_pruner.model import loading
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
-from adapt_pruner.settings import make_settings
 from picomodels import build, logits_of, random_tokens
 
 

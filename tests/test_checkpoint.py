@@ -415,8 +415,8 @@ def test_half_precision_stays_on_disk(cli, llama, tokenizer, text_file, tmp_path
 
 def test_command_line_measures_what_it_writes(tokenizer, text_file, tmp_path):
     """Rotary frequencies, which no file holds, must not lose precision when weights do."""
+    from adapt_pruner.methods import make_settings
     from adapt_pruner.run import Request, run_pruning
-    from adapt_pruner.settings import make_settings
 
     build("llama", torch.bfloat16).save_pretrained(tmp_path / "bf16")
     tokenizer.save_pretrained(tmp_path / "bf16")

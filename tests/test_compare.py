@@ -19,7 +19,8 @@ from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex,
 from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, parse_sweep
 from adapt_pruner.errors import InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.evaluation import Evaluation, Score
-from adapt_pruner.settings import EvaluationSettings, make_settings
+from adapt_pruner.methods import make_settings
+from adapt_pruner.settings import EvaluationSettings
 
 PERPLEXITY = Metric("text.txt", "token_perplexity", False)
 ACCURACY = Metric("PIQA", "acc_norm", True)

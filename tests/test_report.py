@@ -31,8 +31,8 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 @pytest.fixture(scope="module")
 def pruned(llama, text_file, tmp_path_factory) -> Path:
     """Directory of a run on the tiny Llama, with quality measured. Not to be written to."""
+    from adapt_pruner.methods import make_settings
     from adapt_pruner.run import Request, run_pruning
-    from adapt_pruner.settings import make_settings
 
     directory = tmp_path_factory.mktemp("runs") / "tiny & <pruned>"
     settings = make_settings(

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from adapt_pruner.errors import InvalidSettings, WritingError
+from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery import materials, teacher
 from adapt_pruner.recovery.materials import gather, make_teacher
 from adapt_pruner.recovery.objective import Teaching
 from adapt_pruner.recovery.plan import plan_accel
 from adapt_pruner.recovery.request import AccelListener, AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
-from adapt_pruner.settings import make_settings
 from conftest import character_tokenizer
 from picomodels import build
 
