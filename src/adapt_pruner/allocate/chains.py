@@ -148,6 +148,12 @@ def build_chains(anatomy: Anatomy, scores: Scores, limits: Limits) -> list[Chain
     return chains
 
 
+def units_alike(axes: Sequence[Axis], scores: Scores) -> dict[AxisKey, Tensor]:
+    """Scores times a unit's parameters: with them, rules that compare importance per parameter
+    compare units, whatever they cost, as several published methods do."""
+    return {axis.key: scores[axis.key].double() * axis.unit_cost for axis in axes}
+
+
 def _without_last_layer(axes: list[Axis], scores: Scores) -> list[Axis]:
     """Leave out the parts of one layer, so that a model of some layer that attends remains."""
     present = [axis for axis in axes if axis.is_presence]
