@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InvalidSettings, near_match
 from ..registry import Registry
 from ..settings import PruneSettings, checked
-from . import adapt_pruner, baselines, llm_pruner
+from . import adapt_pruner, baselines, flap, llm_pruner
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -20,6 +20,7 @@ METHODS: Registry[Method] = Registry(
     {
         "adapt-pruner": adapt_pruner.METHOD,
         "llm-pruner": llm_pruner.METHOD,
+        "flap": flap.METHOD,
         "uniform": baselines.UNIFORM,
         "magnitude": baselines.MAGNITUDE,
         "random": baselines.RANDOM,
