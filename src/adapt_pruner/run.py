@@ -37,10 +37,10 @@ class Request:
 
     def recipe(self) -> dict[str, Any]:
         """All of it, so that the run can be repeated."""
-        target = {"sparsity": self.sparsity} if self.params is None else {"params": self.params}
+        targets = {"sparsity": self.sparsity, "params": self.params}
         return {
             "model": self.model,
-            **target,
+            **{name: target for name, target in targets.items() if target is not None},
             **({"evaluate": self.evaluate} if self.evaluate else {}),
             **({"portable": True} if self.portable else {}),
             **self.settings.model_dump(mode="json"),

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +51,7 @@ class Statistics:
     num_windows: int
     num_tokens: int
     loss: float
-    """Mean loss in nats per predicted token, 0 if no loss was needed."""
+    """Mean loss in nats per predicted token, 0 if no observer needed it."""
     observers: Sequence[Observer]
 
     def __getitem__(self, kind: type[SomeObserver]) -> SomeObserver:
@@ -116,6 +117,7 @@ def _first_micro_batch_size(how: Pass, windows_BT: Tensor, observers: Sequence[O
 
 def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Statistics:
     backward = any(observer.needs_backward for observer in observers)
+    wants_loss = any(observer.needs_loss for observer in observers)
     device = model.get_input_embeddings().weight.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     rank, processes = _processes(group, len(windows_BT))
@@ -123,7 +125,7 @@ def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Sta
     with _attached(anatomy, observers, backward), torch.set_grad_enabled(backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
-            loss += _run_micro_batch(model, batch_BT, backward)
+            loss += _run_micro_batch(model, batch_BT, backward, wants_loss)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
     if processes > 1:
         for tensor in (loss, *(total for observer in observers for total in observer.sums())):
@@ -156,15 +158,15 @@ def _attached(anatomy: Anatomy, observers: Sequence[Observer], backward: bool) -
         yield
 
 
-def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float:
-    """Forward and backward. Returns the sum of the window losses, or 0 without a backward pass.
+def _run_micro_batch(model, tokens_BT: Tensor, backward: bool, wants_loss: bool) -> Tensor | float:
+    """Forward and backward. Returns the sum of the window losses, or 0 if it is not needed.
 
     The graph is gone when this returns: hooks in it hold activations of every layer, which must not
     live on into the next micro-batch.
     """
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     if not backward:
-        return 0.0
+        return _loss(logits_BTV, tokens_BT).to(tokens_BT.device) if wants_loss else 0.0
     loss, gradient_BTV = _loss_and_gradient(logits_BTV.detach(), tokens_BT.to(logits_BTV.device))
     logits_BTV.backward(gradient_BTV)
     return loss.to(tokens_BT.device)
@@ -192,6 +194,16 @@ def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, T
         probs_BTV.scatter_add_(2, targets_BT1, probs_BTV.new_tensor(-1.0).expand(targets_BT1.shape))
         gradient_BTV[some, :-1] = probs_BTV.div_(num_predicted)
     return loss, gradient_BTV
+
+
+def _loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """The same sum without the gradient, a window at a time."""
+    tokens_BT = tokens_BT.to(logits_BTV.device)
+    losses = [
+        F.cross_entropy(logits_TV[:-1].float(), tokens_T[1:]).double()
+        for logits_TV, tokens_T in zip(logits_BTV, tokens_BT, strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 def _require_gradient(module, args, kwargs) -> None:
