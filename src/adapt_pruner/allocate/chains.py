@@ -27,6 +27,7 @@ from ..model.axes import (
     AxisKey,
     heads_fit,
 )
+from ..precision import in_float64
 
 Scores = Mapping[AxisKey, Tensor]
 
@@ -151,7 +152,7 @@ def build_chains(anatomy: Anatomy, scores: Scores, limits: Limits) -> list[Chain
 def units_alike(axes: Sequence[Axis], scores: Scores) -> dict[AxisKey, Tensor]:
     """Scores times a unit's parameters: with them, rules that compare importance per parameter
     compare units, whatever they cost, as several published methods do."""
-    return {axis.key: scores[axis.key].double() * axis.unit_cost for axis in axes}
+    return {axis.key: in_float64(scores[axis.key]) * axis.unit_cost for axis in axes}
 
 
 def _without_last_layer(axes: list[Axis], scores: Scores) -> list[Axis]:
@@ -168,7 +169,7 @@ def _chain(members: list[Axis], scores: Scores, limits: Limits, anatomy: Anatomy
     axis = members[0]
     sizes = _block_sizes(axis, limits, anatomy)
     unit_cost = sum(member.unit_cost * member.strata for member in members)
-    sums = [_strata(m, scores[m.key].double().cpu()).sort(dim=1).values.sum(dim=0) for m in members]
+    sums = [_strata(m, scores[m.key].cpu().double()).sort(dim=1).values.sum(dim=0) for m in members]
     ascending = torch.stack(sums).sum(dim=0)
     ends = torch.cumsum(sizes, dim=0)
     running = torch.cat([torch.zeros(1, dtype=torch.float64), ascending.cumsum(0)])

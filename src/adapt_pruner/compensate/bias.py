@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..model.axes import Axis, AxisKey
 from ..model.edits import Keep, entries_of
+from ..precision import in_float64
 
 
 def without_bias(axes: Sequence[Axis]) -> dict[AxisKey, int]:
@@ -34,5 +35,5 @@ def add_means(axes: Sequence[Axis], keep: Keep, mean: Mapping[AxisKey, Tensor]) 
             weight, bias = axis.output.tensor, axis.output.module.bias
             assert isinstance(bias, Tensor), f"{axis} has no bias to add to"
             gone = entries_of(axis.output.index_UK, ~keep[axis.key]).to(weight.device)
-            added = weight[:, gone].double() @ mean[axis.projection].double()[gone]
-            bias.copy_(bias.double() + added)
+            mean_R = in_float64(mean[axis.projection].to(weight.device)[gone])
+            bias.copy_(in_float64(bias) + in_float64(weight[:, gone]) @ mean_R)

@@ -8,7 +8,7 @@ from ..allocate.target import resolve_target
 from ..errors import InvalidSettings, near_match
 from ..model.anatomy import Anatomy
 from ..registry import Registry
-from ..settings import PruneSettings, checked
+from ..settings import PruneSettings, build
 from . import adapt_pruner, baselines, depth, flap, llm_pruner
 from .base import Limits as Limits
 from .base import Method as Method
@@ -64,7 +64,7 @@ def make_settings(
                 "take that method."
             )
     start = row.presets[preset] if preset is not None else next(iter(row.presets.values()), {})
-    return checked(row.settings, {"method": method, **start, **values})
+    return build(row.settings, {"method": method, **start, **values})
 
 
 def target_of(

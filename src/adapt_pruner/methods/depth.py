@@ -18,6 +18,7 @@ from torch import Tensor
 from ..allocate.chains import Limits, Removal, build_chains, remove_ranked, units_alike
 from ..allocate.target import check_reachable
 from ..errors import InvalidSettings, InvalidTarget
+from ..limits import Layer
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import ATTENTION, LAYERS, MLP, Axis, AxisKey, Site
 from ..model.edits import Cut
@@ -43,7 +44,7 @@ class DepthSettings(with_defaults(PruneSettings, "depth", cut=("layers",), windo
         ),
     ] = "block-influence"
     layers: Annotated[
-        tuple[int, ...],
+        tuple[Layer, ...],
         Field(
             description="Decoder layers to remove, such as 3,7 (-1 is the last), instead of a "
             "criterion; a target is then not needed."
@@ -183,7 +184,7 @@ def by_loss(work: Work, anatomy: Anatomy, limits: Limits) -> Found:
         for axis in candidates:
             losses.append(loss_without([*gone, axis]))
             work.on_progress(len(losses) / len(candidates))
-        gone.append(candidates[losses.index(min(losses))])
+        gone.append(candidates[work.decide(losses.index(min(losses)))])
     touched = {axis.layer for axis in gone}
     scores = {axis.key: float(len(axes) + (axis.layer not in touched)) for axis in axes}
     return scores | {axis.key: float(i) for i, axis in enumerate(gone)}, before, []

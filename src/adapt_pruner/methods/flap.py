@@ -28,9 +28,11 @@ from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..compensate.bias import add_means, without_bias
 from ..errors import InvalidSettings
+from ..limits import Rank
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import KV_GROUPS, Axis, AxisKey
 from ..model.edits import AddBias, Cut
+from ..precision import where_float64_is
 from ..score.collect import collect
 from ..score.observers import Observer, add_to, projections, watch
 from ..settings import PruneSettings, with_defaults
@@ -57,7 +59,7 @@ class FlapSettings(with_defaults(PruneSettings, "flap", windows=1024, window_len
         ),
     ] = "AL-AM"
     remove_heads: Annotated[
-        int, Field(ge=0, description="KV groups that go in all (--structure AL-MM or UL-MM).")
+        Rank, Field(description="KV groups that go in all (--structure AL-MM or UL-MM).")
     ] = 8
     compensation: Annotated[
         Literal["bias", "none"],
@@ -84,7 +86,7 @@ class Fluctuation(Observer):
 
     def _on_input(self, key: AxisKey):
         def see(x_BTC: Tensor) -> None:
-            x_NC = x_BTC.detach().flatten(0, -2)
+            x_NC = where_float64_is(x_BTC.detach()).flatten(0, -2)
             total_C = x_NC.sum(dim=0, dtype=torch.float64)
             count_C = torch.full_like(total_C, len(x_NC))
             add_to(self._sums_3C, key, torch.stack([count_C, total_C, _norm(x_NC).square()]))
@@ -124,7 +126,7 @@ def flap(work: Work) -> Iterator[PruningStep]:
         found = statistics[Fluctuation]
         scores = {axis.key: score(axis, found, settings) for axis in axes}
         removal, biases = _choose(settings, anatomy, scores, limits, target)
-        keep = work.decide(removal.keep_masks(scores))
+        keep, biases = work.decide((removal.keep_masks(scores), biases))
         if biases:
             work.apply(AddBias(biases))
         if settings.compensation == "bias":
@@ -140,7 +142,7 @@ def score(axis: Axis, found: Fluctuation, settings: FlapSettings) -> Tensor:
     That of attention is squared first. Over layers (AL) columns are standardised within theirs.
     """
     assert axis.output is not None
-    weight, key = axis.output.tensor.detach(), axis.projection
+    weight, key = where_float64_is(axis.output.tensor.detach()), axis.projection
     metric_C = {
         "WIFV": lambda: found.variance[key] * _norm(weight).square(),
         "IFV": lambda: found.variance[key],
@@ -158,7 +160,7 @@ def score(axis: Axis, found: Fluctuation, settings: FlapSettings) -> Tensor:
 
 def _norm(matrix: Tensor) -> Tensor:
     """Of each column, in float64."""
-    return torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
+    return torch.linalg.vector_norm(where_float64_is(matrix), dim=0, dtype=torch.float64)
 
 
 def _choose(

@@ -23,6 +23,7 @@ from ..allocate.chains import (
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..errors import InvalidSettings
+from ..limits import Rank, Rounds
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import Axis
 from ..model.edits import Cut
@@ -61,15 +62,15 @@ class LLMPrunerSettings(with_defaults(PruneSettings, "llm-pruner", windows=10, w
         Field(description="The same share of every layer, or the lowest scores of all layers."),
     ] = "local"
     protect_first: Annotated[
-        int | None,
-        Field(ge=0, description="Layers at the beginning that stay whole; default: an eighth."),
+        Rank | None,
+        Field(description="Layers at the beginning that stay whole; default: an eighth."),
     ] = None
     protect_last: Annotated[
-        int | None,
-        Field(ge=0, description="Layers at the end that stay whole; default: a sixteenth."),
+        Rank | None,
+        Field(description="Layers at the end that stay whole; default: a sixteenth."),
     ] = None
     iterative_steps: Annotated[
-        int, Field(ge=1, description="Rounds of scoring and cutting, each of equal size.")
+        Rounds, Field(description="Rounds of scoring and cutting, each of equal size.")
     ] = 1
     kv_scores: Annotated[
         Literal["own", "official"],

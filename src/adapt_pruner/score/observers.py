@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey, Site
+from ..precision import in_float64
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
 
@@ -78,7 +79,7 @@ class Distance(str, Enum):
         else:
             order = 2 if self is Distance.EUCLIDEAN else 1
             per_token = torch.linalg.vector_norm(y_BTD - x_BTD, ord=order, dim=-1)
-        return per_token.double().mean()
+        return in_float64(per_token).mean()
 
 
 class LayerDistance(Observer):
