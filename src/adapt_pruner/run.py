@@ -46,12 +46,13 @@ class Request:
 
     def recipe(self, all_sizes: Sequence[Request] = ()) -> dict[str, Any]:
         """All of it, so that the run can be repeated; `all_sizes` are those of a run to several."""
-        kind = "sparsity" if self.params is None else "params"
-        sizes = [getattr(request, kind) for request in all_sizes or (self,)]
-        target = {kind: sizes if len(sizes) > 1 else sizes[0]}
+        targets: dict[str, Any] = {"sparsity": self.sparsity, "params": self.params}
+        if len(all_sizes) > 1:
+            targets = {kind: [getattr(one, kind) for one in all_sizes] for kind, target
+                       in targets.items() if target is not None}  # fmt: skip
         return {
             "model": self.model,
-            **target,
+            **{name: target for name, target in targets.items() if target is not None},
             **({"evaluate": self.evaluate} if self.evaluate else {}),
             **({"portable": True} if self.portable else {}),
             **self.settings.model_dump(mode="json"),

@@ -34,6 +34,8 @@ class Observer(ABC):
 
     needs_backward: ClassVar[bool] = False
     """Whether the loss has to be propagated backward."""
+    needs_loss: ClassVar[bool] = False
+    """Whether `Statistics.loss` is wanted, although nothing is propagated backward."""
     needs_weight_gradients: ClassVar[bool] = False
     """Whether gradients of the axes' matrices are wanted in `.grad`."""
     sees_single_windows: ClassVar[bool] = False
@@ -126,6 +128,12 @@ def normalise(distances: Sequence[float], without: Collection[int] = ()) -> list
         (distance - mean) / largest if largest > 0 and i not in without else 0.0
         for i, distance in enumerate(distances)
     ]
+
+
+class Loss(Observer):
+    """The mean loss of the windows alone: `Statistics.loss`."""
+
+    needs_loss = True
 
 
 class UnitGradients(Observer):
