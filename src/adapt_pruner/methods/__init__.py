@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InvalidSettings, near_match
 from ..registry import Registry
 from ..settings import PruneSettings, checked
-from . import adapt_pruner
+from . import adapt_pruner, minitron
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -19,6 +19,7 @@ METHODS: Registry[Method] = Registry(
     "methods",
     {
         "adapt-pruner": adapt_pruner.METHOD,
+        "minitron": minitron.METHOD,
     },
 )
 """Other packages add to it: a `Method` as an entry point of the group `adapt_pruner.methods`."""
