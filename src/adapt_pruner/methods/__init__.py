@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InvalidSettings, near_match
 from ..registry import Registry
 from ..settings import PruneSettings, checked
-from . import adapt_pruner, minitron
+from . import adapt_pruner, minitron, slicegpt
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -20,6 +20,7 @@ METHODS: Registry[Method] = Registry(
     {
         "adapt-pruner": adapt_pruner.METHOD,
         "minitron": minitron.METHOD,
+        "slicegpt": slicegpt.METHOD,
     },
 )
 """Other packages add to it: a `Method` as an entry point of the group `adapt_pruner.methods`."""

@@ -5,7 +5,8 @@ it, but its decoder layers are still built from the global configuration. What i
 
 - build layer i from the widths of layer i;
 - leave out what `skip` names, such as ["mlp"];
-- give a bias to the linears that `added_biases` names, where the architecture offers none.
+- give a bias to the linears that `added_biases` names, where the architecture offers none;
+- cut the residual stream to `sliced_hidden_size`, with shortcut matrices (`sliced`).
 
 It is added to a layer class at the moment transformers imports the modelling file, so importing
 `adapt_pruner` costs nothing and loads nothing.
@@ -59,6 +60,12 @@ def alter_layer(layer: Any, config: Any, attention: str, sublayers: Any) -> None
     skip_sublayers(layer, getattr(config, "skip", None) or (), attention, sublayers)
 
 
+def _sliced_config(config: Any, own: Any) -> Any:
+    """The configuration of a layer with as many hidden dimensions as SliceGPT has left it."""
+    width = getattr(config, "sliced_hidden_size", None)
+    return LayerConfig(own, {"hidden_size": width}) if width else own
+
+
 def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
     layer_class = getattr(module, architecture.layer_class, None)
     if layer_class is None or hasattr(layer_class.__init__, "__wrapped__"):
@@ -67,11 +74,35 @@ def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
 
     @functools.wraps(original)
     def __init__(self, config, layer_idx, *args, **kwargs):
-        own = layer_config(config, layer_idx)
+        own = _sliced_config(config, layer_config(config, layer_idx))
         original(self, own, layer_idx, *args, **kwargs)
         alter_layer(self, own, architecture.attention, architecture.sublayers)
+        if getattr(config, "sliced_hidden_size", None):
+            from .sliced import slice_layer
+
+            slice_layer(self, config, layer_idx == config.num_hidden_layers - 1, architecture)
 
     layer_class.__init__ = __init__
+    if architecture.reads_through_norms:
+        _extend_trunk_class(architecture, module)
+
+
+def _extend_trunk_class(architecture: Architecture, module: ModuleType) -> None:
+    """The model around the layers has embeddings and a final norm of its own if it is sliced."""
+    trunk_class = getattr(module, architecture.layer_class.replace("DecoderLayer", "Model"), None)
+    if trunk_class is None:
+        return
+    original = trunk_class.__init__
+
+    @functools.wraps(original)
+    def __init__(self, config, *args, **kwargs):
+        original(self, config, *args, **kwargs)
+        if getattr(config, "sliced_hidden_size", None):
+            from .sliced import slice_trunk
+
+            slice_trunk(self, config)
+
+    trunk_class.__init__ = __init__
 
 
 def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
