@@ -121,11 +121,10 @@ def _norms(anatomy: Anatomy) -> list[nn.Module]:
     """The norms of the decoder layers through which sublayers read the residual stream; where there
     are none, those through which they write to it."""
     architecture = anatomy.architecture
-    names = [norms[0] for norms in (architecture.attention_norms, architecture.mlp_norms)]
     found = []
     for layer in anatomy.layers:
         children = dict(layer.named_children())
-        reading = [name for name in names if name] or [n for n in children if "norm" in n]
+        reading = architecture.reading_norms or [name for name in children if "norm" in name]
         there = [children[name] for name in reading if name in children]
         found += [norm for norm in there if not isinstance(norm, nn.Identity)]
     return found

@@ -203,14 +203,13 @@ def _shared_basis(work: Work, anatomy: Anatomy, windows_BT: Tensor, width: int) 
 def _bases(work: Work, anatomy: Anatomy, windows_BT: Tensor, width: int) -> list[Tensor]:
     """One of the embeddings, then one behind the attention and one behind the MLP of each layer."""
     architecture, model = anatomy.architecture, work.model
-    names = architecture.attention_norms[0], architecture.mlp_norms[0]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         stream = Stream(work, anatomy, windows_BT)
         bases = [stream.principal(width, anatomy.axes[0].device)]
         for i, layer in enumerate(anatomy.layers):
-            norm, mlp_norm = (getattr(layer, name) for name in names)
+            norm, mlp_norm = (getattr(layer, name) for name in architecture.reading_norms)
             attention, mlp = (
                 getattr(layer, architecture.attention),
                 getattr(layer, architecture.mlp),

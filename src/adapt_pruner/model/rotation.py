@@ -5,7 +5,7 @@ it by the transpose. A norm's weight does not commute with that, so it moves int
 the norm; a head that shares the embeddings' weights gets its own.
 
 With one matrix for the whole stream the result is an ordinary model of a smaller hidden size. Its
-norms take the mean over k dimensions instead of d: weights of sqrt(k / d), and an epsilon d / k
+norms take the mean over k dimensions instead of d: weights of sqrt(d / k), and an epsilon d / k
 times as large, make them divide by what the norms of the original width would.
 
 Shapes: D hidden size, K dimensions that are left, R rows and C columns of a weight.
@@ -145,7 +145,7 @@ def _apply_shared(model: Any, anatomy: Anatomy, basis_DK: Tensor) -> None:
             _rotate_output(layer.get_submodule(path), basis_DK)
     config = model.config
     for norm in stream_norms(anatomy):
-        norm.weight.data = norm.weight.new_full((width,), (width / whole) ** 0.5)
+        norm.weight.data = norm.weight.new_full((width,), (whole / width) ** 0.5)
         norm.variance_epsilon *= whole / width
     config.rms_norm_eps *= whole / width
     match_widths(model, anatomy.architecture, whole, width)
@@ -170,9 +170,10 @@ def _apply_with_shortcuts(model: Any, anatomy: Anatomy, bases: Sequence[Tensor])
                 linear.weight.data = _times(linear.weight, basis)
         _rotate_output(layer.get_submodule(attention_out), middle)
         _rotate_output(layer.get_submodule(mlp_out), leaving)
-        slice_layer(layer, config, i == len(anatomy.layers) - 1, anatomy.architecture)
-        layer.attn_shortcut_Q.data = _times(entering.T, middle).to(layer.attn_shortcut_Q)
-        layer.mlp_shortcut_Q.data = _times(middle.T, leaving).to(layer.mlp_shortcut_Q)
+        sliced: Any = layer
+        slice_layer(sliced, config, i == len(anatomy.layers) - 1, anatomy.architecture)
+        sliced.attn_shortcut_Q.data = _times(entering.T, middle).to(sliced.attn_shortcut_Q)
+        sliced.mlp_shortcut_Q.data = _times(middle.T, leaving).to(sliced.mlp_shortcut_Q)
     slice_trunk(_trunk(model, anatomy), config)
     _settle(model)
 
@@ -188,9 +189,9 @@ def _fold_norms(model: Any, anatomy: Anatomy) -> None:
     """Move the norms' weights into the linears behind them."""
     architecture = anatomy.architecture
     for i, layer in enumerate(anatomy.layers):
-        names = architecture.attention_norms[0], architecture.mlp_norms[0]
-        for name, linears in zip(names, _readers_by_sublayer(anatomy, i), strict=True):
-            norm: Any = getattr(layer, name or "")
+        norms = architecture.reading_norms
+        for name, linears in zip(norms, _readers_by_sublayer(anatomy, i), strict=True):
+            norm: Any = getattr(layer, name)
             for linear in linears:
                 _fold(norm, linear)
             norm.weight.fill_(1)
@@ -253,8 +254,11 @@ def _trunk(model: Any, anatomy: Anatomy) -> Any:
 def stream_norms(anatomy: Anatomy) -> list[Any]:
     """All norms that read the residual stream, the final one last."""
     architecture = anatomy.architecture
-    names = [norms[0] for norms in (architecture.attention_norms, architecture.mlp_norms)]
-    found = [getattr(layer, name, None) for layer in anatomy.layers for name in names if name]
+    found = [
+        getattr(layer, name, None)
+        for layer in anatomy.layers
+        for name in architecture.reading_norms
+    ]
     return [*found, getattr(_trunk(anatomy.model, anatomy), "norm", None)]
 
 

@@ -61,7 +61,7 @@ def _sliced_class(layer_class: type, parts: tuple[str, str, str, str]) -> type:
 def slice_layer(layer: Any, config: Any, is_last: bool, architecture: Any) -> None:
     """Give a decoder layer, of either width, the parts of a sliced one. Mutates it; shortcuts
     are the first rows or columns of the identity."""
-    norms = architecture.attention_norms[0], architecture.mlp_norms[0]
+    norms = architecture.reading_norms
     parts = norms[0], architecture.attention, norms[1], architecture.mlp
     if not isinstance(layer, SlicedLayer):
         layer.__class__ = _sliced_class(type(layer), parts)
