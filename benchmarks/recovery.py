@@ -20,13 +20,13 @@ from pathlib import Path
 import transformers
 
 from adapt_pruner import load_model, load_tokenizer, perplexity
+from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery.accel import run_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report.account import versions
 from adapt_pruner.report.pictures import ACCENT, AFTER, make_figure
 from adapt_pruner.run import evaluation_texts
-from adapt_pruner.settings import make_settings
 
 BASE = {"phases": 10, "sequence_length": 256, "batch_tokens": 2048}
 COUNTS = (1, 2, 3, 5, 10, 20, 40, 80)

@@ -33,11 +33,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adapt_pruner.data import CalibrationData
-from adapt_pruner.methods import METHODS
+from adapt_pruner.methods import METHODS, Work, make_settings
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.report.account import versions
-from adapt_pruner.score.collect import prunable_matrices
-from adapt_pruner.settings import make_settings
+from adapt_pruner.score.observers import matrices
 
 SHAPES = {  # hidden size, MLP width, layers, query heads, KV heads
     "10M": (256, 704, 8, 8, 4),
@@ -92,7 +91,9 @@ def pass_over(model, windows_BT: torch.Tensor, micro_batch: int) -> None:
 
 
 def only_matrices_require_gradients(model, weights: bool) -> None:
-    wanted = set(prunable_matrices(find_anatomy(model))) if weights else set()
+    wanted = (
+        set(matrices(find_anatomy(model).of_kinds({"kv-groups", "neurons"}))) if weights else set()
+    )
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in wanted)
     if not weights:
@@ -108,7 +109,8 @@ def one_step(model, windows: int, variant: str) -> float:
     settings = make_settings(**VARIANTS[variant], steps=1, windows=windows, window_length=WINDOW)
     anatomy = find_anatomy(model)
     target = anatomy.total_parameters - anatomy.layer_parameters // 20
-    (step,) = METHODS["adapt-pruner"](model, calibration_for(model, windows), target, settings)
+    work = Work(model, calibration_for(model, windows), (target,), settings)
+    (step,) = METHODS["adapt-pruner"].run(work)
     return step.seconds["collect"] / sum(step.seconds.values())
 
 

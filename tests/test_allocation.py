@@ -11,69 +11,120 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_pruner.allocate.chains import (
-    AdaptiveSchedule,
-    Limits,
-    build_chains,
-    check_reachable,
-    keep_masks,
-    removable_parameters,
-    remove_ranked,
-    removed_parameters,
-    resolve_target,
-    sizes_after_steps,
-    tighten,
-)
+from adapt_pruner.allocate.chains import Limits, Removal, build_chains, remove_ranked, tighten
+from adapt_pruner.allocate.schedules import AdaptiveSchedule, sizes_after_steps
+from adapt_pruner.allocate.target import check_reachable, resolve_target
 from adapt_pruner.errors import InvalidTarget
 from adapt_pruner.model.anatomy import find_anatomy
 from picomodels import NUM_LAYERS, build
 
 
 @dataclass
-class ToyGroup:
-    """As much of a group as allocation needs."""
+class ToyAxis:
+    """As much of an axis as allocation needs. Its units cost the same whatever else goes."""
 
     layer: int
     kind: str
     num_units: int
     unit_cost: int
+    strata: int = 1
+    is_presence: bool = False
 
     @property
     def key(self):
         return self.layer, self.kind
 
     @property
-    def uniform_widths(self):
-        return list(range(self.num_units, 0, -1))
+    def size(self):
+        return self.num_units
 
 
 @dataclass
 class ToyAnatomy:
-    groups: list[ToyGroup]
+    axes: list[ToyAxis]
     total_parameters: int = 0
     layer_parameters: int = 0
+    hidden_size: int = 840  # every number of heads up to 8 divides it
+
+    def __post_init__(self):
+        everything = sum(axis.num_units * axis.unit_cost for axis in self.axes)
+        self.total_parameters = self.total_parameters or everything
+        self.layer_parameters = self.layer_parameters or everything
 
     @property
     def layers(self):
-        return range(1 + max(group.layer for group in self.groups))
+        return range(1 + max(axis.layer for axis in self.axes))
+
+    @property
+    def other_parameters(self):
+        return self.total_parameters - self.layer_parameters
+
+    @property
+    def sizes(self):
+        return {axis.key: axis.size for axis in self.axes}
+
+    @property
+    def widths(self):
+        """As many query heads as KV groups."""
+        return [{"num_attention_heads": self.sizes.get((i, "kv-groups"), 0)} for i in self.layers]
+
+    @property
+    def count(self):
+        return self
+
+    def of_kinds(self, kinds):
+        return [axis for axis in self.axes if axis.kind in kinds]
+
+    def parameters(self, sizes):
+        gone = sum((axis.size - sizes[axis.key]) * axis.unit_cost for axis in self.axes)
+        return self.total_parameters - gone
+
+    def touching(self, keys, sizes):
+        return sum(sizes[axis.key] * axis.unit_cost for axis in self.axes if axis.key in keys)
 
 
 def mlp(layer, width, cost=1):
-    return ToyGroup(layer, "mlp", width, cost)
+    return ToyAxis(layer, "neurons", width, cost)
 
 
 def attention(layer, width, cost=10):
-    return ToyGroup(layer, "attention", width, cost)
+    return ToyAxis(layer, "kv-groups", width, cost)
 
 
-def chains_of(*groups_and_scores, **limits):
-    groups = [group for group, _ in groups_and_scores]
-    scores = {group.key: torch.tensor(s, dtype=torch.float32) for group, s in groups_and_scores}
-    return build_chains(groups, scores, Limits(**limits)), scores
+def chains_of(*axes_and_scores, **limits):
+    axes = [axis for axis, _ in axes_and_scores]
+    scores = {axis.key: torch.tensor(s, dtype=torch.float32) for axis, s in axes_and_scores}
+    return removal_of(axes, scores, Limits(**limits)), scores
 
 
-def widths_left(chains):
-    return [chain.width - chain.num_units_removed for chain in chains]
+def removal_of(axes, scores, limits):
+    anatomy = ToyAnatomy(axes)
+    return Removal(anatomy, build_chains(anatomy, scores, limits))
+
+
+def removed(removal):
+    return removal.anatomy.total_parameters - removal.parameters
+
+
+def left_without(removal, needed):
+    """The target that asks for `needed` parameters to go."""
+    return removal.anatomy.total_parameters - needed
+
+
+def remove(removal, needed):
+    remove_ranked(removal, left_without(removal, needed))
+
+
+def removable(removal):
+    return sum(int(chain.sizes.sum()) * unit_cost(chain) for chain in removal.chains)
+
+
+def unit_cost(chain):
+    return sum(axis.unit_cost for axis in chain.members)
+
+
+def widths_left(removal):
+    return [chain.width - chain.num_units_removed for chain in removal.chains]
 
 
 # --- chains -----------------------------------------------------------------------------------
@@ -92,60 +143,59 @@ def widths_left(chains):
     ],
 )
 def test_blocks_lead_from_multiple_to_multiple(width, multiple, sizes):
-    (chain,), _ = chains_of((mlp(0, width), [1.0] * width), multiple=multiple)
-    assert chain.sizes.tolist() == sizes
+    removal, _ = chains_of((mlp(0, width), [1.0] * width), multiple=multiple)
+    assert removal.chains[0].sizes.tolist() == sizes
 
 
 def test_the_multiple_is_for_neurons_only():
-    (chain,), _ = chains_of((attention(0, 4), [1, 2, 3, 4]), multiple=8)
-    assert chain.sizes.tolist() == [1, 1, 1]
+    removal, _ = chains_of((attention(0, 4), [1, 2, 3, 4]), multiple=8)
+    assert removal.chains[0].sizes.tolist() == [1, 1, 1]
 
 
 def test_density_is_importance_per_parameter_of_the_units_that_leave_together():
-    (chain,), _ = chains_of((mlp(0, 6, cost=5), [6, 1, 4, 2, 9, 7]), multiple=2)
+    removal, _ = chains_of((mlp(0, 6, cost=5), [6, 1, 4, 2, 9, 7]), multiple=2)
     # In the order in which they leave: 1, 2 | 4, 6 | (7, 9 stay); 10 parameters per block.
-    assert chain.density.tolist() == [3 / 10, 10 / 10]
+    assert removal.chains[0].density.tolist() == [3 / 10, 10 / 10]
 
 
 def test_density_never_falls_along_a_chain():
     # Differences of running sums of equal scores differ by rounding; no block may overtake another.
-    (chain,), _ = chains_of((mlp(0, 62), [1e-12] + [0.1] * 61))
-    assert all(a <= b for a, b in pairwise(chain.density.tolist()))
+    removal, _ = chains_of((mlp(0, 62), [1e-12] + [0.1] * 61))
+    assert all(a <= b for a, b in pairwise(removal.chains[0].density.tolist()))
 
 
 def test_a_uniform_chain_takes_one_block_from_every_layer():
-    (chain,), scores = chains_of(
+    removal, scores = chains_of(
         (mlp(0, 3, cost=2), [5, 1, 3]), (mlp(1, 3, cost=4), [10, 20, 0]), uniform=True
     )
-    assert chain.members == [(0, "mlp"), (1, "mlp")]
-    assert chain.unit_cost == 6
+    (chain,) = removal.chains
+    assert chain.keys == [(0, "neurons"), (1, "neurons")]
+    assert removal.cost(chain, 0) == 6
     # The least of both leave first: 1 and 0, then 3 and 10.
     assert chain.density.tolist() == pytest.approx([1 / 6, 13 / 6])
     chain.removed = 1
-    masks = keep_masks([chain], scores)
-    assert masks[0, "mlp"].tolist() == [True, False, True]
-    assert masks[1, "mlp"].tolist() == [True, True, False]
+    masks = removal.keep_masks(scores)
+    assert masks[0, "neurons"].tolist() == [True, False, True]
+    assert masks[1, "neurons"].tolist() == [True, True, False]
 
 
 def test_a_uniform_layout_needs_equal_layers_to_start_from():
-    with pytest.raises(InvalidTarget, match=r"equal mlp width .* \[2, 3\].*--layout per-layer"):
+    with pytest.raises(InvalidTarget, match=r"equal neurons .* \[2, 3\].*--layout per-layer"):
         chains_of((mlp(0, 3), [1, 2, 3]), (mlp(1, 2), [1, 2]), uniform=True)
 
 
 def test_what_may_not_be_cut_has_no_chain():
-    groups = [(mlp(0, 2), [1, 2]), (attention(0, 2), [1, 2]), (mlp(1, 2), [1, 2])]
-    assert [chain.members for chain in chains_of(*groups)[0]] == [
-        [group.key] for group, _ in groups
-    ]
-    chains, _ = chains_of(*groups, kinds=frozenset({"mlp"}), protected_layers=frozenset({1}))
-    assert [chain.members for chain in chains] == [[(0, "mlp")]]
+    axes = [(mlp(0, 2), [1, 2]), (attention(0, 2), [1, 2]), (mlp(1, 2), [1, 2])]
+    assert [chain.keys for chain in chains_of(*axes)[0].chains] == [[axis.key] for axis, _ in axes]
+    removal, _ = chains_of(*axes, kinds=frozenset({"neurons"}), protected_layers=frozenset({1}))
+    assert [chain.keys for chain in removal.chains] == [[(0, "neurons")]]
 
 
 @pytest.mark.parametrize(("width", "left"), [(14, 14), (13, 12), (12, 12), (5, 4), (4, 4), (0, 4)])
 def test_removing_down_to_a_width_takes_as_few_blocks_as_will_do(width, left):
-    (chain,), _ = chains_of((mlp(0, 14), [1.0] * 14), multiple=4)
-    chain.remove_down_to(width)
-    assert widths_left([chain]) == [left]
+    removal, _ = chains_of((mlp(0, 14), [1.0] * 14), multiple=4)
+    removal.chains[0].remove_down_to(width)
+    assert widths_left(removal) == [left]
 
 
 # --- one ranking ------------------------------------------------------------------------------
@@ -153,98 +203,98 @@ def test_removing_down_to_a_width_takes_as_few_blocks_as_will_do(width, left):
 
 def test_the_least_importance_per_parameter_goes_first():
     # Per parameter: neurons .1 .2 .3 .4 | .05 .25 .5; KV groups .15 1.
-    chains, scores = chains_of(
+    removal, scores = chains_of(
         (mlp(0, 4, cost=10), [4, 2, 3, 1]),
         (mlp(1, 3, cost=10), [0.5, 5, 2.5]),
         (attention(0, 2, cost=20), [20, 3]),
     )
-    remove_ranked(chains, 50)  # .05 .1 .15 .2: 10 + 10 + 20 + 10
-    assert removed_parameters(chains) == 50
-    masks = {key: mask.tolist() for key, mask in keep_masks(chains, scores).items()}
+    remove(removal, 50)  # .05 .1 .15 .2: 10 + 10 + 20 + 10
+    assert removed(removal) == 50
+    masks = {key: mask.tolist() for key, mask in removal.keep_masks(scores).items()}
     assert masks == {
-        (0, "mlp"): [True, False, True, False],
-        (1, "mlp"): [False, True, True],
-        (0, "attention"): [True, False],
+        (0, "neurons"): [True, False, True, False],
+        (1, "neurons"): [False, True, True],
+        (0, "kv-groups"): [True, False],
     }
 
 
 def test_groups_that_lose_nothing_have_no_mask():
-    chains, scores = chains_of((mlp(0, 3), [1, 2, 3]), (mlp(1, 3), [10, 20, 30]))
-    remove_ranked(chains, 2)
-    assert list(keep_masks(chains, scores)) == [(0, "mlp")]
+    removal, scores = chains_of((mlp(0, 3), [1, 2, 3]), (mlp(1, 3), [10, 20, 30]))
+    remove(removal, 2)
+    assert list(removal.keep_masks(scores)) == [(0, "neurons")]
 
 
 def test_what_is_removed_too_much_is_given_back_most_important_first():
     # Ranked: .1 .2 .3 (neurons, 1 each), .35 (KV group, 10). Needed 10: all four, 3 too many. So
     # the three neurons come back.
-    chains, _ = chains_of((mlp(0, 4), [0.1, 0.2, 0.3, 9]), (attention(0, 2, cost=10), [3.5, 99]))
-    remove_ranked(chains, 10)
-    assert widths_left(chains) == [4, 1]
+    removal, _ = chains_of((mlp(0, 4), [0.1, 0.2, 0.3, 9]), (attention(0, 2, cost=10), [3.5, 99]))
+    remove(removal, 10)
+    assert widths_left(removal) == [4, 1]
     # Needed 12: 1 too many, and .3 is the most important that fits.
-    chains, _ = chains_of((mlp(0, 4), [0.1, 0.2, 0.3, 9]), (attention(0, 2, cost=10), [3.5, 99]))
-    remove_ranked(chains, 12)
-    assert widths_left(chains) == [2, 1]
+    removal, _ = chains_of((mlp(0, 4), [0.1, 0.2, 0.3, 9]), (attention(0, 2, cost=10), [3.5, 99]))
+    remove(removal, 12)
+    assert widths_left(removal) == [2, 1]
 
 
 def test_a_coarse_block_is_exchanged_for_finer_ones_that_meet_the_target():
     # The KV group (10) ranks lowest. Needed 4: it is 6 too many, so four neurons go in its place.
-    chains, _ = chains_of(
+    removal, _ = chains_of(
         (mlp(0, 8), [1, 2, 3, 4, 5, 6, 7, 8]), (attention(0, 2, cost=10), [1, 99])
     )
-    remove_ranked(chains, 4)
-    assert widths_left(chains) == [4, 2]
+    remove(removal, 4)
+    assert widths_left(removal) == [4, 2]
 
 
 def test_the_most_important_coarse_block_is_exchanged_for_the_least_important_finer_ones():
     # Needed 14: the KV groups of density .1 and .2 go, 6 too many. That of .2 comes back, and for
     # it go the neurons of 1, 2, 3 and 4.
-    chains, _ = chains_of(
+    removal, _ = chains_of(
         (attention(0, 2, cost=10), [1, 99]),
         (attention(1, 2, cost=10), [2, 99]),
         (mlp(0, 9), [1, 4, 5, 6, 7, 8, 9, 9, 9]),
         (mlp(1, 9), [2, 3, 5, 6, 7, 8, 9, 9, 9]),
     )
-    remove_ranked(chains, 14)
-    assert widths_left(chains) == [1, 2, 7, 7]
+    remove(removal, 14)
+    assert widths_left(removal) == [1, 2, 7, 7]
 
 
 def test_a_coarse_block_stays_removed_where_finer_ones_do_not_suffice():
-    chains, _ = chains_of((mlp(0, 3), [1, 2, 3]), (attention(0, 2, cost=10), [1, 99]))
-    remove_ranked(chains, 4)  # only two neurons could go
-    assert widths_left(chains) == [3, 1]
+    removal, _ = chains_of((mlp(0, 3), [1, 2, 3]), (attention(0, 2, cost=10), [1, 99]))
+    remove(removal, 4)  # only two neurons could go
+    assert widths_left(removal) == [3, 1]
 
 
 def test_an_exchange_that_would_remove_more_is_not_made():
     # Ranked: a neuron (down to 12, a multiple of 4) and the KV group, 1 + 3. Needed 2: the neuron
     # comes back. To exchange the KV group for 1 + 4 neurons would make 1 too many into 3.
-    chains, _ = chains_of(
+    removal, _ = chains_of(
         (attention(0, 2, cost=3), [3, 99]), (mlp(0, 13), [0] + [2] * 4 + [4] * 8), multiple=4
     )
-    remove_ranked(chains, 2)
-    assert widths_left(chains) == [1, 13]
+    remove(removal, 2)
+    assert widths_left(removal) == [1, 13]
 
 
 @pytest.mark.parametrize("needed", [0, -1, -100])
 def test_nothing_goes_when_nothing_is_needed(needed):
-    chains, scores = chains_of((mlp(0, 3), [1, 2, 3]), (attention(0, 2), [1, 2]))
-    remove_ranked(chains, needed)
-    tighten(chains, needed)
-    assert keep_masks(chains, scores) == {}
+    removal, scores = chains_of((mlp(0, 3), [1, 2, 3]), (attention(0, 2), [1, 2]))
+    remove(removal, needed)
+    tighten(removal, left_without(removal, needed))
+    assert removal.keep_masks(scores) == {}
 
 
 def test_more_than_everything_cannot_be_removed():
-    chains, _ = chains_of((mlp(0, 3), [1, 2, 3]))
-    remove_ranked(chains, 2)
-    assert widths_left(chains) == [1]
-    chains, _ = chains_of((mlp(0, 3), [1, 2, 3]))
-    with pytest.raises(InvalidTarget, match="Only 2 parameters can be removed"):
-        remove_ranked(chains, 3)
+    removal, _ = chains_of((mlp(0, 3), [1, 2, 3]))
+    remove(removal, 2)
+    assert widths_left(removal) == [1]
+    removal, _ = chains_of((mlp(0, 3), [1, 2, 3]))
+    with pytest.raises(InvalidTarget, match="At least 1 parameters stay"):
+        remove(removal, 3)
 
 
 def test_equal_scores_leave_in_the_order_of_the_units():
-    chains, scores = chains_of((mlp(0, 5), [1, 1, 0, 1, 1]))
-    remove_ranked(chains, 3)
-    assert keep_masks(chains, scores)[0, "mlp"].tolist() == [False, False, False, True, True]
+    removal, scores = chains_of((mlp(0, 5), [1, 1, 0, 1, 1]))
+    remove(removal, 3)
+    assert removal.keep_masks(scores)[0, "neurons"].tolist() == [False, False, False, True, True]
 
 
 # --- any shape --------------------------------------------------------------------------------
@@ -252,17 +302,15 @@ def test_equal_scores_leave_in_the_order_of_the_units():
 
 @dataclass
 class Case:
-    groups: list[ToyGroup]
+    axes: list[ToyAxis]
     limits: Limits
     seed: int
     needed_share: float
 
-    def scores(self, groups, step=0):
+    def scores(self, axes, step=0):
         """Few distinct values, so that there are ties."""
         generator = torch.Generator().manual_seed(self.seed + step)
-        return {
-            g.key: torch.randint(0, 12, (g.num_units,), generator=generator) / 4 for g in groups
-        }
+        return {g.key: torch.randint(0, 12, (g.num_units,), generator=generator) / 4 for g in axes}
 
 
 @st.composite
@@ -274,47 +322,48 @@ def cases(draw):
     neurons, kv_groups = st.integers(1, 30), st.integers(1, 5)
     if uniform:
         neurons, kv_groups = st.just(draw(neurons)), st.just(draw(kv_groups))
-    groups = []
+    axes = []
     for layer in range(num_layers):
         if uniform or draw(st.booleans()):
-            groups.append(attention(layer, draw(kv_groups), kv_cost))
-        groups.append(mlp(layer, draw(neurons), neuron_cost))
-    kinds = draw(st.sampled_from([{"mlp"}, {"attention"}, {"mlp", "attention"}]))
+            axes.append(attention(layer, draw(kv_groups), kv_cost))
+        axes.append(mlp(layer, draw(neurons), neuron_cost))
+    kinds = draw(st.sampled_from([{"neurons"}, {"kv-groups"}, {"neurons", "kv-groups"}]))
     protected = set() if uniform else draw(st.sets(st.integers(0, num_layers - 1)))
     limits = Limits(frozenset(kinds), frozenset(protected), draw(st.integers(1, 8)), uniform)
-    return Case(groups, limits, draw(st.integers(0, 2**31)), draw(st.floats(0, 1)))
+    return Case(axes, limits, draw(st.integers(0, 2**31)), draw(st.floats(0, 1)))
 
 
-def nearest_possible(chains, needed):
+def nearest_possible(removal, needed):
     """The smallest number of parameters, at least `needed`, that any choice of blocks removes."""
     sums = {0}
-    for chain in chains:
-        taken = [0, *(torch.cumsum(chain.sizes, dim=0) * chain.unit_cost).tolist()]
+    for chain in removal.chains:
+        taken = [0, *(torch.cumsum(chain.sizes, dim=0) * unit_cost(chain)).tolist()]
         sums = {a + b for a in sums for b in taken}
     return min(total for total in sums if total >= needed)
 
 
-def promised(chains, limits):
+def promised(removal, limits):
     """What the target may be missed by less than: one neuron (one multiple of them) or, where only
     attention is cut, one KV group; in a uniform layout from every layer."""
-    neurons = [c.unit_cost * limits.multiple for c in chains if c.members[0][1] == "mlp"]
-    kv_groups = [c.unit_cost for c in chains if c.members[0][1] == "attention"]
-    return min(neurons or kv_groups)
+    costs = {"neurons": [], "kv-groups": []}
+    for chain in removal.chains:
+        costs[chain.members[0].kind].append(unit_cost(chain))
+    return min([limits.multiple * cost for cost in costs["neurons"]] or costs["kv-groups"])
 
 
-def assert_sound(case, chains, scores, needed):
+def assert_sound(case, removal, scores, needed):
     """What holds for any allocation: the target is met, no limit is passed."""
-    removed = removed_parameters(chains)
-    assert removed >= needed
-    if removed - needed >= promised(chains, case.limits):  # then nothing nearer is possible
-        assert removed == nearest_possible(chains, needed)
-    masks = keep_masks(chains, scores)
-    by_key = {group.key: group for group in case.groups}
-    assert removed == sum(int((~m).sum()) * by_key[key].unit_cost for key, m in masks.items())
+    count = removed(removal)
+    assert count >= needed
+    if count - needed >= promised(removal, case.limits):  # then nothing nearer is possible
+        assert count == nearest_possible(removal, needed)
+    masks = removal.keep_masks(scores)
+    by_key = {axis.key: axis for axis in case.axes}
+    assert count == sum(int((~m).sum()) * by_key[key].unit_cost for key, m in masks.items())
     for (layer, kind), mask_U in masks.items():
         assert kind in case.limits.kinds
         assert layer not in case.limits.protected_layers
-        multiple = case.limits.multiple if kind == "mlp" else 1
+        multiple = case.limits.multiple if kind == "neurons" else 1
         assert mask_U.sum() >= multiple
         assert mask_U.sum() % multiple == 0
         score_U = scores[layer, kind]
@@ -323,98 +372,98 @@ def assert_sound(case, chains, scores, needed):
         for kind in case.limits.kinds:
             left = {int(mask_U.sum()) for (_, other), mask_U in masks.items() if other == kind}
             assert len(left) <= 1
-            count = sum(other == kind for _, other in masks)
-            assert count in (0, len({group.layer for group in case.groups}))
+            members = sum(other == kind for _, other in masks)
+            assert members in (0, len({axis.layer for axis in case.axes}))
 
 
 @given(cases())
 @settings(max_examples=300, deadline=None)
 def test_one_ranking_meets_any_target_within_what_is_promised(case):
-    scores = case.scores(case.groups)
-    chains = build_chains(case.groups, scores, case.limits)
-    needed = math.ceil(case.needed_share * removable_parameters(chains))
+    scores = case.scores(case.axes)
+    removal = removal_of(case.axes, scores, case.limits)
+    needed = math.ceil(case.needed_share * removable(removal))
     if needed:
-        remove_ranked(chains, needed)
-        assert_sound(case, chains, scores, needed)
+        remove(removal, needed)
+        assert_sound(case, removal, scores, needed)
 
 
 @given(cases(), st.integers(1, 6), st.sampled_from([0.0, 0.02, 0.2, 1.0]))
 @settings(max_examples=150, deadline=None)
 def test_the_adaptive_rule_meets_any_target_within_what_is_promised(case, steps, amplitude):
-    groups, removed_before = case.groups, 0
-    everything = removable_parameters(build_chains(groups, case.scores(groups), case.limits))
+    axes, removed_before = case.axes, 0
+    everything = removable(removal_of(axes, case.scores(axes), case.limits))
     target = math.ceil(case.needed_share * everything)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps, amplitude)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps, amplitude)
     done, step = target == 0, 0
     while not done:
         step += 1
-        scores = case.scores(groups, step)
-        chains = build_chains(groups, scores, case.limits)
+        scores = case.scores(axes, step)
+        removal = removal_of(axes, scores, case.limits)
         generator = torch.Generator().manual_seed(case.seed + step)
         importance = (2 * torch.rand(len(schedule.sparsity), generator=generator) - 1).tolist()
         needed = target - removed_before
-        done = schedule.advance(chains, needed, importance, case.limits.uniform)
+        done = schedule.advance(
+            removal, left_without(removal, needed), importance, case.limits.uniform
+        )
         assert step <= 10 * steps
-        case.groups = groups
+        case.axes = axes
         if done:
-            assert_sound(case, chains, scores, needed)
+            assert_sound(case, removal, scores, needed)
         else:
-            assert removed_parameters(chains) < needed
-        removed_before += removed_parameters(chains)
-        left = {key: int(mask_U.sum()) for key, mask_U in keep_masks(chains, scores).items()}
-        groups = [
-            ToyGroup(g.layer, g.kind, left.get(g.key, g.num_units), g.unit_cost) for g in groups
-        ]
+            assert removed(removal) < needed
+        removed_before += removed(removal)
+        left = {key: int(mask_U.sum()) for key, mask_U in removal.keep_masks(scores).items()}
+        axes = [ToyAxis(g.layer, g.kind, left.get(g.key, g.num_units), g.unit_cost) for g in axes]
 
 
 # --- the paper's rule -------------------------------------------------------------------------
 
 
 def neurons_per_layer(*widths):
-    groups = [mlp(layer, width) for layer, width in enumerate(widths)]
-    return groups, [(group, [1.0] * group.num_units) for group in groups]
+    axes = [mlp(layer, width) for layer, width in enumerate(widths)]
+    return axes, [(axis, [1.0] * axis.num_units) for axis in axes]
 
 
 def test_sparsity_grows_by_equation_6_relative_to_the_original_widths():
-    groups, scored = neurons_per_layer(10, 10, 10)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=4, amplitude=0.1)
-    chains, _ = chains_of(*scored)
-    assert not schedule.advance(chains, 27, [1.0, 0.0, -0.5], uniform=False)
+    axes, scored = neurons_per_layer(10, 10, 10)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=4, amplitude=0.1)
+    removal, _ = chains_of(*scored)
+    assert not schedule.advance(removal, left_without(removal, 27), [1.0, 0.0, -0.5], uniform=False)
     # 1/4 - 0.1 * importance
     assert schedule.sparsity == pytest.approx([0.15, 0.25, 0.3])
-    assert widths_left(chains) == [8, 7, 7]  # 8.5, 7.5, 7 rounded down
+    assert widths_left(removal) == [8, 7, 7]  # 8.5, 7.5, 7 rounded down
     _, scored = neurons_per_layer(8, 7, 7)
-    chains, _ = chains_of(*scored)
-    assert not schedule.advance(chains, 19, [-1.0, 1.0, 0.0], uniform=False)
+    removal, _ = chains_of(*scored)
+    assert not schedule.advance(removal, left_without(removal, 19), [-1.0, 1.0, 0.0], uniform=False)
     assert schedule.sparsity == pytest.approx([0.5, 0.4, 0.55])
-    assert widths_left(chains) == [5, 6, 4]  # of 10 neurons each, not of 8, 7, 7
+    assert widths_left(removal) == [5, 6, 4]  # of 10 neurons each, not of 8, 7, 7
 
 
 def test_sparsity_is_clipped_at_0_and_at_099():
-    groups, scored = neurons_per_layer(200, 200)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.8)
-    chains, _ = chains_of(*scored)
-    assert not schedule.advance(chains, 300, [1.0, -1.0], uniform=False)
+    axes, scored = neurons_per_layer(200, 200)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=2, amplitude=0.8)
+    removal, _ = chains_of(*scored)
+    assert not schedule.advance(removal, left_without(removal, 300), [1.0, -1.0], uniform=False)
     assert schedule.sparsity == [0.0, 0.99]  # 0.5 - 0.8 and 0.5 + 0.8
-    assert widths_left(chains) == [200, 2]
+    assert widths_left(removal) == [200, 2]
 
 
 def test_attention_and_mlp_of_a_layer_share_its_sparsity():
-    groups = [attention(0, 8), mlp(0, 100), attention(1, 8), mlp(1, 100)]
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.25)
-    chains, _ = chains_of(*[(group, [1.0] * group.num_units) for group in groups])
-    assert not schedule.advance(chains, 10_000, [1.0, -1.0], uniform=False)
-    assert widths_left(chains) == [6, 75, 2, 25]
+    axes = [attention(0, 8), mlp(0, 100), attention(1, 8), mlp(1, 100)]
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=2, amplitude=0.25)
+    removal, _ = chains_of(*[(axis, [1.0] * axis.num_units) for axis in axes])
+    assert not schedule.advance(removal, left_without(removal, 10_000), [1.0, -1.0], uniform=False)
+    assert widths_left(removal) == [6, 75, 2, 25]
 
 
 def test_a_uniform_layout_takes_the_mean_sparsity():
-    groups, scored = neurons_per_layer(100, 100)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=4, amplitude=1.0)
-    chains, _ = chains_of(*scored, uniform=True)
-    assert not schedule.advance(chains, 199, [1.0, -1.0], uniform=True)
+    axes, scored = neurons_per_layer(100, 100)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=4, amplitude=1.0)
+    removal, _ = chains_of(*scored, uniform=True)
+    assert not schedule.advance(removal, left_without(removal, 199), [1.0, -1.0], uniform=True)
     # Clipped to 0 and 0.99 (0.25 - 1 and 0.25 + 1), 0.495 on average.
     assert schedule.sparsity == pytest.approx([0.495, 0.495])
-    assert widths_left(chains) == [50]
+    assert widths_left(removal) == [50]
 
 
 @pytest.mark.parametrize(
@@ -426,41 +475,47 @@ def test_a_uniform_layout_takes_the_mean_sparsity():
     ],
 )
 def test_the_last_step_is_shortened_to_meet_the_target(needed, left):
-    groups, scored = neurons_per_layer(100, 100)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.1)
-    chains, _ = chains_of(*scored)
-    assert schedule.advance(chains, needed, [1.0, -1.0], uniform=False)
-    assert widths_left(chains) == left
+    axes, scored = neurons_per_layer(100, 100)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=2, amplitude=0.1)
+    removal, _ = chains_of(*scored)
+    assert schedule.advance(removal, left_without(removal, needed), [1.0, -1.0], uniform=False)
+    assert widths_left(removal) == left
 
 
 def test_a_shortened_step_gives_back_its_most_important_units():
-    groups = [mlp(0, 100), mlp(1, 100)]
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=2, amplitude=0.1)
-    chains, _ = chains_of((groups[0], [1.0] * 100), (groups[1], [2.0] * 100))
+    axes = [mlp(0, 100), mlp(1, 100)]
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=2, amplitude=0.1)
+    removal, _ = chains_of((axes[0], [1.0] * 100), (axes[1], [2.0] * 100))
     # Both layers reach 74 neurons at the same moment, 52 fewer; one of layer 1 comes back.
-    assert schedule.advance(chains, 51, [0.0, 0.0], uniform=False)
-    assert widths_left(chains) == [74, 75]
+    assert schedule.advance(removal, left_without(removal, 51), [0.0, 0.0], uniform=False)
+    assert widths_left(removal) == [74, 75]
 
 
 def test_targets_beyond_the_rule_are_met_by_ranking():
-    groups, scored = neurons_per_layer(200, 200)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=1, amplitude=0.0)
-    chains, _ = chains_of(*scored)
-    assert schedule.advance(chains, 397, [0.0, 0.0], uniform=False)  # 0.99 leaves 2 + 2
-    assert sum(widths_left(chains)) == 3
+    axes, scored = neurons_per_layer(200, 200)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=1, amplitude=0.0)
+    removal, _ = chains_of(*scored)
+    assert schedule.advance(
+        removal, left_without(removal, 397), [0.0, 0.0], uniform=False
+    )  # 0.99 leaves 2 + 2
+    assert sum(widths_left(removal)) == 3
 
 
 def test_a_rule_that_can_change_nothing_more_gives_way_to_ranking():
     # Layer 0 never grows (1/5 - 0.2 * 1), layer 1 by 0.4 a step until 0.99. The fourth step would
     # repeat the third, and so would all that follow it.
-    groups, _ = neurons_per_layer(100, 100)
-    schedule = AdaptiveSchedule(ToyAnatomy(groups), steps=5, amplitude=0.2)
+    axes, _ = neurons_per_layer(100, 100)
+    schedule = AdaptiveSchedule(ToyAnatomy(axes), steps=5, amplitude=0.2)
     done, widths = [], [100, 100]
     for _ in range(4):
         _, scored = neurons_per_layer(*widths)
-        chains, _ = chains_of(*scored)
-        done.append(schedule.advance(chains, sum(widths) - 50, [1.0, -1.0], uniform=False))
-        widths = widths_left(chains)
+        removal, _ = chains_of(*scored)
+        done.append(
+            schedule.advance(
+                removal, left_without(removal, sum(widths) - 50), [1.0, -1.0], uniform=False
+            )
+        )
+        widths = widths_left(removal)
     assert done == [False, False, False, True]
     assert widths == [49, 1]
 
@@ -511,32 +566,32 @@ def test_malformed_targets_say_what_to_do(sparsity, params, message):
     ],
 )
 def test_steps_leave_equal_shares_of_400_parameters(other, target, steps, sizes):
-    toy = ToyAnatomy(ANATOMY.groups, 400 + other, 400)
-    toy.other_parameters = other
+    toy = ToyAnatomy(ANATOMY.axes, 400 + other, 400)
     assert sizes_after_steps(toy, target, steps) == sizes
 
 
 def test_a_target_below_what_is_possible_is_refused():
     # At least one neuron and one KV group stay: 9 * 40 + 3 * 100 = 660 can go.
-    toy = ToyAnatomy(ANATOMY.groups, 1000, 800)
-    toy.other_parameters = 200
+    toy = ToyAnatomy(ANATOMY.axes, 1000, 800)
     check_reachable(toy, 340, Limits())
     with pytest.raises(InvalidTarget, match=r"339 .* has 340 \(sparsity 0\.8250\), of which 200 "):
         check_reachable(toy, 339, Limits())
-    check_reachable(toy, 640, Limits(kinds=frozenset({"mlp"})))
+    check_reachable(toy, 640, Limits(kinds=frozenset({"neurons"})))
     with pytest.raises(InvalidTarget, match="below what is possible"):
-        check_reachable(toy, 639, Limits(kinds=frozenset({"mlp"})))
-    check_reachable(toy, 680, Limits(kinds=frozenset({"mlp"}), multiple=2))
+        check_reachable(toy, 639, Limits(kinds=frozenset({"neurons"})))
+    check_reachable(toy, 680, Limits(kinds=frozenset({"neurons"}), multiple=2))
     with pytest.raises(InvalidTarget, match="allow more to be cut"):
         check_reachable(toy, 999, Limits(protected_layers=frozenset({0})))
 
 
 def test_costs_of_a_real_model():
     anatomy = find_anatomy(build("llama"))
-    costs = {group.key: group.unit_cost for group in anatomy.groups}
+    costs = {axis.key: axis.unit_cost for axis in anatomy.of_kinds({"kv-groups", "neurons"})}
     # A neuron: gate and up rows of 64 with a bias each, a down column of 64. A KV group: 16 + 8 + 8
     # rows of 64 with a bias each, 16 columns of 64.
-    assert costs == {key: {"mlp": 3 * 64 + 2, "attention": 48 * 64 + 32}[key[1]] for key in costs}
+    assert costs == {
+        key: {"neurons": 3 * 64 + 2, "kv-groups": 48 * 64 + 32}[key[1]] for key in costs
+    }
     # Layers: all units, the biases of the two output projections, two norms.
     assert anatomy.layer_parameters == NUM_LAYERS * (96 * 194 + 4 * 3104 + 4 * 64)
     assert anatomy.other_parameters == 2 * 128 * 64 + 64  # embedding, head, last norm

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pyarrow
@@ -20,9 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from adapt_pruner import __version__, find_anatomy, perplexity
+from adapt_pruner.cli import console
 from adapt_pruner.data.calibration import read_documents
+from adapt_pruner.methods.adapt_pruner import PRESETS, AdaptPrunerSettings
 from adapt_pruner.model.loading import load_model, load_tokenizer
-from adapt_pruner.settings import PRESETS, PruneSettings
 from conftest import STORIES260K
 from picomodels import INTERMEDIATE_SIZE, build, logits_of, random_tokens
 
@@ -57,6 +59,16 @@ def size_of(directory: Path) -> int:
 def same_weights(one: Path, other: Path) -> bool:
     first, second = (load_file(path / "model.safetensors") for path in (one, other))
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(("said", "then"), [(None, "true"), ("false", "false")])
+def test_tokenising_takes_all_threads_unless_told_otherwise(said, then, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", said or "")
+    if said is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    with warnings.catch_warnings():
+        console.hush_libraries()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == then
 
 
 @pytest.fixture
@@ -97,7 +109,7 @@ class TestProgram:
         done = cli("prune", "--help")
         assert (done.status, done.err) == (0, "")
         text = " ".join(done.out.split())
-        for name, field in PruneSettings.model_fields.items():
+        for name, field in AdaptPrunerSettings.model_fields.items():
             assert f"--{name.replace('_', '-')}" in text
             assert field.description
             assert field.description.split()[0] in text
@@ -148,11 +160,11 @@ class TestSize:
             assert torch.equal(tensor, before[name]) == whole, name
 
     def test_mlp_alone(self, prune):
-        layers = read(prune("--prune", "mlp") / "config.json")["per_layer_config"].values()
+        layers = read(prune("--cut", "neurons") / "config.json")["per_layer_config"].values()
         assert {name for layer in layers for name in layer} == {"intermediate_size"}
 
     def test_uniform_layout(self, prune):
-        directory = prune("--layout", "uniform", "--prune", "mlp")
+        directory = prune("--layout", "uniform", "--cut", "neurons")
         config = read(directory / "config.json")
         assert "per_layer_config" not in config
         assert config["intermediate_size"] < INTERMEDIATE_SIZE
@@ -240,8 +252,8 @@ class TestRecipe:
     def test_model_preset_and_portability_may_stand_in_it(self, cli, llama, text_file, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
-            f"model: {llama}\nsparsity: 0.3\npreset: paper\nportable: true\nsteps: 5\nprune: mlp\n"
-            f"windows: 4\nwindow_length: 12\ncalibration: {text_file}\n"
+            f"model: {llama}\nsparsity: 0.3\npreset: paper\nportable: true\nsteps: 5\n"
+            f"cut: [neurons]\nwindows: 4\nwindow_length: 12\ncalibration: {text_file}\n"
         )
         done = cli("prune", "--recipe", recipe, "-o", tmp_path / "out")
         assert done.status == 0, done.err
@@ -302,31 +314,19 @@ class TestOutput:
         assert (done.err == "") == bool(flags)
 
     def test_overwrite(self, prune, cli, llama, text_file, tmp_path):
-        first = prune()
-        (first / "old").touch()
+        first = prune("--portable")
         before = size_of(first)
         prune("--overwrite", target=("--sparsity", 0.5))
         assert size_of(first) < before
-        assert not (first / "old").exists()
+        assert not list(first.glob("*.py"))
         assert [file.name for file in tmp_path.iterdir()] == ["out"]
-
-    def test_result_may_replace_its_source(self, cli, llama, text_file, tmp_path):
-        model = tmp_path / "model"
-        shutil.copytree(llama, model)
-        done = cli(
-            "prune", model, "-o", model, "--overwrite", "--sparsity", 0.3, *TINY,
-            "--calibration", text_file,
-        )  # fmt: skip
-        assert done.status == 0, done.err
-        assert size_of(model) < DENSE
-        AutoModelForCausalLM.from_pretrained(model)
 
     def test_portable(self, prune):
         directory = prune("--portable")
-        assert "PrunedLlamaForCausalLM" in (directory / "modeling_pruned.py").read_text()
-        assert read(directory / "config.json")["auto_map"] == {
-            "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM"
-        }
+        code = (directory / "modeling_pruned.py").read_text()
+        assert "class LlamaForCausalLM(_modeling.LlamaForCausalLM)" in code
+        named = read(directory / "config.json")["auto_map"]["AutoModelForCausalLM"]
+        assert named == "modeling_pruned.LlamaForCausalLM"
         assert recipe_of(directory)["portable"] is True
 
     def test_debug_shows_the_traceback_wherever_it_stands(self, cli, tmp_path):

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
 
 import pytest
 import yaml
@@ -13,11 +15,13 @@ import yaml
 from adapt_pruner.comparison import grid
 from adapt_pruner.comparison.grid import Cell, CellResult, Comparison, ComparisonRequest
 from adapt_pruner.comparison.picture import pareto_front
-from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex
-from adapt_pruner.comparison.variants import METHODS, Variant, make_variants, parse_sweep
-from adapt_pruner.errors import InvalidSettings, NonFiniteError
+from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex, escape_markdown
+from adapt_pruner.comparison.variants import VARIANTS, Variant, make_variants, parse_sweep
+from adapt_pruner.errors import InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.evaluation import Evaluation, Score
-from adapt_pruner.settings import EvaluationSettings, make_settings
+from adapt_pruner.evaluation import store as stored
+from adapt_pruner.methods import make_settings
+from adapt_pruner.settings import EvaluationSettings
 
 PERPLEXITY = Metric("text.txt", "token_perplexity", False)
 ACCURACY = Metric("PIQA", "acc_norm", True)
@@ -74,7 +78,7 @@ class TestArithmetic:
             "| method | 0% | 20% | 40% | s per run |",
             "| --- | --- | --- | --- | --- |",
             "| dense | 3.00 |  |  |  |",
-            "| a_1 |  | **5.50 ± 2.12** | 1,234 (n=1) | 2.3 |",
+            r"| a\_1 |  | **5.50 ± 2.12** | 1,234 (n=1) | 2.3 |",
             r"| b\|2 |  | 6.00 ± 0.00 | – | 2.5 |",
         ]
 
@@ -100,7 +104,7 @@ class TestArithmetic:
             "| method | sparsity | text.txt token perplexity | PIQA |",
             "| --- | --- | --- | --- |",
             "| dense | 0% | 3.00 | 80.00 |",
-            "| a_1 | 20% | **5.00 (n=1)** | 50.00 (n=1) |",
+            r"| a\_1 | 20% | **5.00 (n=1)** | 50.00 (n=1) |",
             r"| b\|2 | 20% | 6.00 (n=1) | **75.00 (n=1)** |",
         ]
 
@@ -127,7 +131,7 @@ class TestArithmetic:
     def test_errors_are_told(self, two):
         cell = Cell(B, 0.4, 0)
         two.comparison.results.append(CellResult(cell, 600, 0.0, [], error="it is NaN."))
-        assert "No result for b|2, 0.4, seed 0: it is NaN." in two.markdown()
+        assert r"No result for b\|2, 0.4, seed 0: it is NaN." in two.markdown()
 
     @pytest.mark.parametrize(
         ("higher", "front"), [(False, [(1, 9), (2, 5)]), (True, [(1, 9), (4, 10)])]
@@ -139,11 +143,11 @@ class TestArithmetic:
 
 class TestVariants:
     def test_methods_of_the_package_are_valid(self):
-        assert [variant.name for variant in make_variants((), METHODS)] == list(METHODS)
+        assert [variant.name for variant in make_variants((), VARIANTS)] == list(VARIANTS)
 
     def test_sweep_is_a_product(self):
         sweeps = [parse_sweep("amplitude=0,1e-2"), parse_sweep("steps=5,10")]
-        found = make_variants(["paper"], METHODS, sweeps, {"windows": 8})
+        found = make_variants(["paper"], VARIANTS, sweeps, {"windows": 8})
         assert [variant.name for variant in found] == [
             "paper, amplitude 0, steps 5",
             "paper, amplitude 0, steps 10",
@@ -169,7 +173,7 @@ class TestVariants:
 
     def test_amplitude_without_effect(self):
         with pytest.raises(InvalidSettings, match="no effect; sweep it with --methods paper"):
-            make_variants(["best"], METHODS, [parse_sweep("amplitude=0,0.1")])
+            make_variants(["best"], VARIANTS, [parse_sweep("amplitude=0,0.1")])
 
 
 @pytest.fixture
@@ -181,7 +185,7 @@ def request_of(llama, text_file, tmp_path):
                      "calibration": str(text_file)}  # fmt: skip
         values = {
             "model": str(llama),
-            "variants": make_variants(["best", "random"], METHODS, (), overrides),
+            "variants": make_variants(["best", "random"], VARIANTS, (), overrides),
             "sparsities": [0.3],
             "seeds": range(2),
             "text": [str(text_file)],
@@ -225,6 +229,30 @@ class TestRuns:
         assert len(pruned) == 4
         assert values(again) == values(first)
         assert all(result.was_cached for result in again.results)
+
+    def test_other_code_computes_anew(self, request_of, store, pruned, monkeypatch):
+        request = request_of(seeds=[0])
+        first = grid.compare(request, store)
+        of_modules = grid.code.of_modules
+        changed = [grid.code.TEXT]
+        monkeypatch.setattr(
+            grid.code, "of_modules", lambda r: "x" if r in changed else of_modules(r)
+        )
+        measured = grid.compare(request, store)
+        assert not any(result.was_cached for result in measured.results)
+        assert values(measured) == values(first)
+        count = len(pruned)
+        changed.append(grid.code.PRUNING)
+        grid.compare(request, store)
+        assert len(pruned) == count + 2
+
+    def test_figures_of_several_commits_are_told(self, request_of, store, monkeypatch):
+        monkeypatch.setattr(stored, "git_hash", lambda: "0123456789")
+        first = grid.compare(request_of(seeds=[0]), store)
+        assert "commits" not in " ".join(Tables(first).notes())
+        monkeypatch.setattr(stored, "git_hash", lambda: "abcdefabcd-dirty")
+        notes = " ".join(Tables(grid.compare(request_of(), store)).notes())
+        assert "at 2 commits (0123456, abcdefa-dirty)" in notes
 
     def test_same_figure_as_evaluate_gives(self, request_of, store, tmp_path):
         from adapt_pruner.evaluation import evaluate
@@ -302,12 +330,24 @@ class TestRuns:
         assert saved["settings"]["windows"] == 4
         assert values(third) == values(first) != values(second)
 
-    def test_damaged_model_is_replaced(self, request_of, store, tmp_path, pruned):
+    def test_names_with_markup_are_shown_as_they_are(self):
+        name = "<img src=x onerror=alert(1)>_*[a](http://b)*_`c`\n# d"
+        shown = escape_markdown(name)
+        assert "<img" not in shown.replace(r"\<", "")
+        assert "\n" not in shown
+        assert re.sub(r"\\(.)", r"\1", shown) == name.replace("\n", " ")
+
+    def test_changed_model_is_kept_and_a_missing_one_made_again(
+        self, request_of, store, tmp_path, pruned
+    ):
         asked = request_of(save_to=tmp_path / "models", seeds=[0])
         grid.compare(asked, store)
         weights = tmp_path / "models" / "best-0.3-seed0" / "model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:100])
+        with pytest.raises(WritingError, match=r"changed since: model\.safetensors"):
+            grid.compare(asked, store)
+        shutil.rmtree(weights.parent)
         grid.compare(asked, store)
         assert weights.read_bytes() == whole
         assert len(pruned) == 3
@@ -367,12 +407,12 @@ class TestCommand:
         [
             (["--methods", "papper"], "There is no method 'papper'. Did you mean 'paper'?"),
             (["--methods", ","], "expected names with commas; got ','"),
-            (["--sparsities", "a"], "expected numbers such as 0.2,0.4; got 'a'"),
+            (["--sparsities", "a"], "numbers such as 0.2,0.4; got 'a'"),
             (["--sparsities", "20"], "sparsity"),
-            (["--sparsities", "0.2,0.99"], "smallest"),
+            (["--sparsities", "0.2,0.99"], "below what is possible"),
             (["--seeds", "0"], "--seeds"),
             (["--vary", "amplitude=x", "--methods", "paper"], "Method 'paper': amplitude:"),
-            (["--variants", "absent.yaml"], "Variants 'absent.yaml' cannot be read"),
+            (["--variants", "absent.yaml"], "There is no variants file 'absent.yaml'"),
             (["--window-length", "4000"], "window_length: the model reads at most"),
             (["--suite", "common"], "common"),
             (["--device", "cuda:77"], "device: 'cuda:77' is not available"),

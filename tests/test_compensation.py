@@ -6,23 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from adapt_pruner.compensate.refit import refit_output
-from adapt_pruner.model.anatomy import MLP, Group, Part, find_anatomy
-from adapt_pruner.model.edits import cut
-from adapt_pruner.score.collect import Pass, Wants, collect
+from adapt_pruner.compensate.refit import refit_output, refit_outputs
+from adapt_pruner.model.anatomy import find_anatomy
+from adapt_pruner.model.axes import NEURONS, Axis, Slot
+from adapt_pruner.model.edits import cut, entries_of
+from adapt_pruner.score.collect import collect
 from adapt_pruner.score.gram import invert_gram
+from adapt_pruner.score.observers import Gram
 from picomodels import build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=12, length=14)
 
 
-def toy_group(weight_DC, units):
-    """A group that consists of its output projection, `units` of equal width."""
+def toy_axis(weight_DC, units):
+    """An axis that consists of its output projection, `units` of equal width."""
     rows, columns = weight_DC.shape
     linear = nn.Linear(columns, rows, bias=False, dtype=weight_DC.dtype)
     linear.weight.data = weight_DC.clone()
-    output = Part(linear, "weight", "down_proj", 1, torch.arange(columns).view(units, -1))
-    return Group(0, MLP, [output], output)
+    output = Slot(linear, "weight", "down_proj", 1, torch.arange(columns).view(units, -1))
+    return Axis(0, NEURONS, units, [output], [], output=output)
 
 
 def random_problem(tokens=50, columns=12, rows=5, seed=0):
@@ -33,9 +35,11 @@ def random_problem(tokens=50, columns=12, rows=5, seed=0):
 
 
 def refitted(weight_DC, units, keep_U, gram_CC, ridge):
-    group = toy_group(weight_DC, units)
-    refit_output(group, keep_U, invert_gram(gram_CC.clone(), ridge))
-    return group.output.tensor.detach()
+    output = toy_axis(weight_DC, units).output
+    kept_C = torch.zeros(weight_DC.shape[1], dtype=torch.bool)
+    kept_C[entries_of(output.index_UK, keep_U)] = True
+    refit_output(output.tensor, kept_C, invert_gram(gram_CC.clone(), ridge))
+    return output.tensor.detach()
 
 
 KEEP = torch.tensor([True, False, True, True, False, True])  # 6 units of 2 columns
@@ -117,12 +121,12 @@ def test_the_precision_of_the_weights_stays(dtype):
 def cut_without(model, layer, kind, gone, ridge=None):
     """Cut one unit, after a refit if there is a ridge."""
     anatomy = find_anatomy(model)
-    with collect(model, anatomy, WINDOWS, Wants.GRAM, Pass(ridge=ridge or 1)) as statistics:
-        (group,) = (g for g in anatomy.groups if g.key == (layer, kind))
-        keep_U = torch.arange(group.num_units) != gone
+    with collect(model, anatomy, WINDOWS, [Gram(ridge or 1)]) as statistics:
+        (axis,) = (axis for axis in anatomy.axes if axis.key == (layer, kind))
+        keep = {axis.key: torch.arange(axis.num_units) != gone}
         if ridge is not None:
-            refit_output(group, keep_U, statistics.inverse_gram(group.key))
-    cut(model, anatomy, {group.key: keep_U})
+            refit_outputs([axis], keep, statistics[Gram])
+    cut(model, keep)
 
 
 @torch.no_grad()
@@ -147,7 +151,8 @@ def redundant_kv_group(layer):
 
 
 @pytest.mark.parametrize(
-    ("plant", "kind", "gone"), [(redundant_neuron, "mlp", 7), (redundant_kv_group, "attention", 2)]
+    ("plant", "kind", "gone"),
+    [(redundant_neuron, "neurons", 7), (redundant_kv_group, "kv-groups", 2)],
 )
 def test_a_unit_that_others_can_replace_is_replaced_exactly(plant, kind, gone):
     full, refit, plain = build("llama"), build("llama"), build("llama")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.model.edits import cut
-from adapt_pruner.score.collect import Pass, Wants, collect
+from adapt_pruner.score.collect import collect
 from adapt_pruner.score.importance import IMPORTANCES
+from adapt_pruner.score.observers import Gram, UnitGradients
 from picomodels import INTERMEDIATE_SIZE, NUM_KV_HEADS, NUM_LAYERS, build, logits_of, random_tokens
 
 WINDOWS = random_tokens(batch=9, length=14)
@@ -18,10 +19,15 @@ DATA_DRIVEN = [name for name in IMPORTANCES if name not in WITHOUT_DATA]
 
 
 def score(model, name, seed=0, windows_BT=WINDOWS, ridge=0.01):
-    """Per group, the scores that the package computes."""
+    """Per axis, the scores that the package computes."""
     anatomy, chosen = find_anatomy(model), IMPORTANCES[name]
-    with collect(model, anatomy, windows_BT, chosen.wants, Pass(ridge=ridge)) as statistics:
-        return {g.key: chosen.score(g, statistics, seed) for g in anatomy.groups}
+    observers = [Gram(ridge) if kind is Gram else kind() for kind in chosen.needs]
+    with collect(model, anatomy, windows_BT, observers) as statistics:
+        return {axis.key: chosen.score(axis, statistics, seed) for axis in axes_of(anatomy)}
+
+
+def axes_of(anatomy):
+    return anatomy.of_kinds({"kv-groups", "neurons"})
 
 
 def close(actual, expected, tolerance=1e-4):
@@ -36,24 +42,24 @@ def close(actual, expected, tolerance=1e-4):
 # pairs on 4 KV heads, 96 neurons. In phi3 the 64 query rows, 32 key rows and 32 value rows are one
 # matrix, and so are the 96 gate rows and the 96 up rows.
 UNITS = {
-    ("llama", "attention"): [
+    ("llama", "kv-groups"): [
         ("self_attn.q_proj", 0, lambda u: range(16 * u, 16 * u + 16)),
         ("self_attn.k_proj", 0, lambda u: range(8 * u, 8 * u + 8)),
         ("self_attn.v_proj", 0, lambda u: range(8 * u, 8 * u + 8)),
         ("self_attn.o_proj", 1, lambda u: range(16 * u, 16 * u + 16)),
     ],
-    ("llama", "mlp"): [
+    ("llama", "neurons"): [
         ("mlp.gate_proj", 0, lambda u: [u]),
         ("mlp.up_proj", 0, lambda u: [u]),
         ("mlp.down_proj", 1, lambda u: [u]),
     ],
-    ("phi3", "attention"): [
+    ("phi3", "kv-groups"): [
         ("self_attn.qkv_proj", 0, lambda u: range(16 * u, 16 * u + 16)),
         ("self_attn.qkv_proj", 0, lambda u: range(64 + 8 * u, 64 + 8 * u + 8)),
         ("self_attn.qkv_proj", 0, lambda u: range(96 + 8 * u, 96 + 8 * u + 8)),
         ("self_attn.o_proj", 1, lambda u: range(16 * u, 16 * u + 16)),
     ],
-    ("phi3", "mlp"): [
+    ("phi3", "neurons"): [
         ("mlp.gate_up_proj", 0, lambda u: [u]),
         ("mlp.gate_up_proj", 0, lambda u: [96 + u]),
         ("mlp.down_proj", 1, lambda u: [u]),
@@ -108,7 +114,7 @@ def test_scores_of_weights_are_sums_over_the_units_rows_and_columns(model_type, 
     scores = score(model, name)
     assert len(scores) == 2 * NUM_LAYERS
     for (layer, kind), score_U in scores.items():
-        count = NUM_KV_HEADS if kind == "attention" else INTERMEDIATE_SIZE
+        count = NUM_KV_HEADS if kind == "kv-groups" else INTERMEDIATE_SIZE
         expected = [
             sum(BY_HAND[name](*v) for v in vectors_of_unit(model_type, layer, kind, u, tables))
             for u in range(count)
@@ -136,16 +142,16 @@ def test_magnitudes_of_constant_weights():
     # A neuron: 64 * (1 + 2 + 3); neuron 5 without its up row: 64 * (1 + 3).
     neurons = torch.full((96,), 384.0)
     neurons[5] = 256
-    assert torch.equal(l1[0, "mlp"], neurons)
+    assert torch.equal(l1[0, "neurons"], neurons)
     neurons = torch.full((96,), (64 * (1 + 4 + 9)) ** 0.5)
     neurons[5] = (64 * (1 + 9)) ** 0.5
-    torch.testing.assert_close(l2[0, "mlp"], neurons)
+    torch.testing.assert_close(l2[0, "neurons"], neurons)
     # A KV group: 16 query rows, 8 key rows, 8 value rows, 16 output columns, 64 weights each.
     whole, cropped = 64 * (16 * 1 + 8 * 2 + 8 * 3 + 16 * 0.5), 64 * (16 * 1 + 8 * 3 + 16 * 0.5)
-    assert l1[0, "attention"].tolist() == [whole, cropped, whole, whole]
+    assert l1[0, "kv-groups"].tolist() == [whole, cropped, whole, whole]
     whole, cropped = 64 * (16 + 8 * 4 + 8 * 9 + 16 * 0.25), 64 * (16 + 8 * 9 + 16 * 0.25)
     expected = torch.tensor([whole, cropped, whole, whole]).sqrt()
-    torch.testing.assert_close(l2[0, "attention"], expected)
+    torch.testing.assert_close(l2[0, "kv-groups"], expected)
 
 
 # --- scores of activations --------------------------------------------------------------------
@@ -154,12 +160,12 @@ def test_magnitudes_of_constant_weights():
 def test_activation_scores_are_the_unit_gradients():
     model = build("llama")
     anatomy = find_anatomy(model)
-    with collect(model, anatomy, WINDOWS, Wants.UNIT_GRADIENTS) as found:
-        for group in anatomy.groups:
-            first = IMPORTANCES["activation-gradient"].score(group, found)
-            second = IMPORTANCES["activation-fisher"].score(group, found)
-            assert torch.equal(first, found.unit_gradient_abs[group.key])
-            assert torch.equal(second, found.unit_gradient_squared[group.key])
+    with collect(model, anatomy, WINDOWS, [UnitGradients()]) as found:
+        for axis in axes_of(anatomy):
+            first = IMPORTANCES["activation-gradient"].score(axis, found)
+            second = IMPORTANCES["activation-fisher"].score(axis, found)
+            assert torch.equal(first, found[UnitGradients].absolute[axis.key])
+            assert torch.equal(second, found[UnitGradients].squared[axis.key])
             assert (second >= first.square() * (1 - 1e-5)).all()  # mean of squares, square of mean
 
 
@@ -170,15 +176,15 @@ def test_activation_gradient_of_one_window_is_taylor_of_the_output_columns():
     model(input_ids=window, labels=window).loss.backward()
     for (i, kind), score_U in found.items():
         layer = model.model.layers[i]
-        output = layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj
+        output = layer.self_attn.o_proj if kind == "kv-groups" else layer.mlp.down_proj
         products_C = (output.weight * output.weight.grad).sum(dim=0)
         close(score_U, products_C.unflatten(0, (len(score_U), -1)).sum(dim=1).abs().detach())
 
 
-def inputs_of(model, group):
-    """(N, C) inputs of a group's output projection, one row per token."""
+def inputs_of(model, axis):
+    """(N, C) inputs of an axis's output projection, one row per token."""
     seen = []
-    handle = group.output_projection.register_forward_pre_hook(
+    handle = axis.output.module.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].flatten(0, 1))
     )
     logits_of(model, WINDOWS)
@@ -191,14 +197,14 @@ def test_residual_fisher_leaves_what_a_regression_on_the_other_units_cannot_expl
     model = build("llama")
     plain = score(model, "activation-fisher")
     residual = score(model, "residual-fisher", ridge=ridge)
-    for group in find_anatomy(model).groups:
-        x_NC = inputs_of(model, group)
+    for axis in axes_of(find_anatomy(model)):
+        x_NC = inputs_of(model, axis)
         assert len(x_NC) > x_NC.shape[1]
         # The ridge lambda is sqrt(lambda) times a further "token" per column.
         strength = ridge * x_NC.square().sum(dim=0).mean()
         x_NC = torch.cat([x_NC, strength.sqrt() * torch.eye(x_NC.shape[1])])
         share = []
-        for columns in torch.arange(x_NC.shape[1]).chunk(group.num_units):
+        for columns in torch.arange(x_NC.shape[1]).chunk(axis.num_units):
             others = torch.ones(x_NC.shape[1], dtype=torch.bool)
             others[columns] = False
             solution = torch.linalg.lstsq(x_NC[:, others], x_NC[:, columns]).solution
@@ -207,7 +213,7 @@ def test_residual_fisher_leaves_what_a_regression_on_the_other_units_cannot_expl
         share = torch.stack(share)
         assert share.max() < 1
         # Its Gram matrix is float32: a ridge of 1e-5 leaves about four digits.
-        close(residual[group.key], plain[group.key].double() * share, tolerance=1e-3)
+        close(residual[axis.key], plain[axis.key].double() * share, tolerance=1e-3)
 
 
 def test_a_unit_that_repeats_another_has_no_residual():
@@ -218,7 +224,7 @@ def test_a_unit_that_repeats_another_has_no_residual():
             linear.weight[7], linear.bias[7] = linear.weight[3], linear.bias[3]
     plain = score(model, "activation-fisher")
     residual = score(model, "residual-fisher", ridge=1e-4)
-    share_U = residual[1, "mlp"] / plain[1, "mlp"]
+    share_U = residual[1, "neurons"] / plain[1, "neurons"]
     repeated = torch.zeros(INTERMEDIATE_SIZE, dtype=torch.bool)
     repeated[[3, 7]] = True
     assert share_U[repeated].max() < 0.1 * share_U[~repeated].min()
@@ -231,9 +237,9 @@ def test_units_that_are_never_active_have_score_0():
         model.model.layers[1].self_attn.v_proj.weight.zero_()
     for name in ("activation-gradient", "activation-fisher", "residual-fisher"):
         scores = score(model, name)
-        assert not scores[1, "mlp"].any()
-        assert not scores[1, "attention"].any()
-        assert scores[0, "mlp"].all()
+        assert not scores[1, "neurons"].any()
+        assert not scores[1, "kv-groups"].any()
+        assert scores[0, "neurons"].all()
 
 
 # --- all scores -------------------------------------------------------------------------------
@@ -243,12 +249,14 @@ def test_units_that_are_never_active_have_score_0():
 def test_a_score_is_one_float_per_unit_and_changes_nothing(name):
     model = build("qwen3")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for group, score_U in zip(find_anatomy(model).groups, score(model, name).values(), strict=True):
-        assert score_U.shape == (group.num_units,)
+    for axis, score_U in zip(
+        axes_of(find_anatomy(model)), score(model, name).values(), strict=True
+    ):
+        assert score_U.shape == (axis.num_units,)
         assert score_U.dtype == torch.float32
         assert not score_U.requires_grad
         assert (score_U >= 0).all()
-        assert len(score_U.unique()) == group.num_units
+        assert len(score_U.unique()) == axis.num_units
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -283,7 +291,7 @@ def model_with_useless_groups():
 def test_useless_kv_groups_rank_lowest(model_with_useless_groups, name):
     scores = score(model_with_useless_groups, name)
     for i, useless in USELESS.items():
-        score_U = scores[i, "attention"]
+        score_U = scores[i, "kv-groups"]
         assert sorted(score_U.argsort()[: len(useless)].tolist()) == useless
         assert score_U[useless].tolist() == [0] * len(useless)
         assert score_U.sum() > 0
@@ -295,9 +303,9 @@ def test_a_kv_group_goes_with_its_own_query_heads(model_with_useless_groups):
     expected = logits_of(model, tokens)
     scores, keep = score(model, "taylor"), {}
     for key, score_U in scores.items():
-        if key[1] == "attention":
+        if key[1] == "kv-groups":
             keep[key] = score_U > 0
-    cut(model, find_anatomy(model), keep)
+    cut(model, keep)
     torch.testing.assert_close(logits_of(model, tokens), expected, rtol=1e-5, atol=1e-5)
     # Layer 1 lost KV heads 0 and 3, so query heads 0, 1 and 6, 7: rows 16 to 47 stay.
     ours, full = model.model.layers[1].self_attn, before.model.layers[1].self_attn

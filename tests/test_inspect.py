@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapt_pruner import find_anatomy, prune
-from adapt_pruner.allocate.chains import resolve_target
+from adapt_pruner.allocate.target import resolve_target
 from adapt_pruner.errors import UnsupportedModel
 from adapt_pruner.inspection import inspect_model
 from picomodels import PICO, build
@@ -22,13 +22,17 @@ def test_parts_add_up_for_every_architecture(model_type):
     assert sum(found.budget.values()) == found.total == sum(p.numel() for p in model.parameters())
     assert found.budget["embeddings"] == 128 * 64
     assert ("head" in found.budget) != found.is_tied
-    assert ("others" in found.budget) == (model_type in ("lfm2", "gpt_neox"))
-    in_groups = {"attention": 0, "mlp": 0}
-    for group in find_anatomy(model).groups:
-        in_groups[group.kind] += group.num_units * group.unit_cost
+    assert ("others" in found.budget) == (model_type == "lfm2")
+    anatomy = find_anatomy(model)
+    in_units = {"kv-groups": 0, "neurons": 0, "attention": 0}
+    for axis in anatomy.of_kinds(in_units):
+        in_units[axis.kind] += axis.num_units * axis.unit_cost
     # Output biases and per-head norms belong to a part, and to none of its units.
-    assert 0 <= found.budget["MLP"] - in_groups["mlp"] < 1000
-    assert 0 <= found.budget.get("attention", 0) - in_groups["attention"] < 1000
+    assert 0 <= found.budget["MLP"] - in_units["neurons"] < 1000
+    if anatomy.architecture.has_free_heads:
+        assert 0 <= found.budget["attention"] - in_units["kv-groups"] < 1000
+    else:  # attention goes as a whole, with its norm
+        assert in_units["attention"] - found.budget["attention"] == 3 * 2 * 64
 
 
 def test_known_model():
@@ -40,10 +44,22 @@ def test_known_model():
         "norms": 7 * 64,
         "head": 8192,
     }
-    attention, mlp = found.units
-    assert (attention.total, mlp.total) == (12, 288)
-    assert attention.smallest_cost == attention.largest_cost == 64 * 8 * 6 + 8 * 4
-    assert mlp.smallest_cost == mlp.largest_cost == 3 * 64 + 2
+    attention, mlp = 48 * 64 * 4 + 4 * 32 + 64 + 64, 3 * 64 * 96 + 2 * 96 + 64 + 64  # with norms
+    neuron, query_head = 3 * 64 + 2, 64 * 8 * 2 + 8
+    # A hidden dimension: a column of the embeddings, of the head and of each projection that reads
+    # (64 + 32 + 32 query, key and value rows, 96 gate and 96 up rows), a row and bias of each that
+    # writes (64 and 96 columns), and one weight of each norm.
+    dimension = 2 * 128 + 1 + 3 * (128 + 2 * 96 + 64 + 1 + 96 + 1 + 2)
+    assert {units.kind: (units.total, units.smallest_cost) for units in found.units} == {
+        "kv-groups": (12, 64 * 8 * 6 + 8 * 4),
+        "query-heads": (24, query_head),
+        "neurons": (288, neuron),
+        "attention": (3, attention),
+        "mlp": (3, mlp),
+        "layers": (3, attention + mlp),
+        "hidden": (64, dimension),
+    }
+    assert all(units.smallest_cost == units.largest_cost for units in found.units)
     assert found.kv_entries_per_token == 2 * 3 * 4 * 8
 
 
@@ -88,6 +104,7 @@ class TestCommand:
         assert ["MLP", "56,064", "50.81%", "224.3", "kB"] in lines
         assert ["0", "to", "2", "8", "4", "96"] in lines
         assert ["KV", "groups", "12", "3,104"] in lines
+        assert ["hidden", "dimensions", "64", "1,709"] in lines
         assert ["--sparsity", "0.5", "63,392", "57.5%", "253.6", "kB"] in lines
         assert "smallest possible: 27,110 parameters" in done.out
         assert json.loads(file.read_text())["total"] == 110_336

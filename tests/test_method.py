@@ -7,14 +7,16 @@ import weakref
 import pytest
 import torch
 
-from adapt_pruner.allocate.chains import resolve_target
+from adapt_pruner.allocate.target import resolve_target
 from adapt_pruner.data import CalibrationData
 from adapt_pruner.errors import InvalidSettings, InvalidTarget
-from adapt_pruner.methods.adapt_pruner import adapt_pruner, limits_of
+from adapt_pruner.methods import Work, make_settings
+from adapt_pruner.methods.adapt_pruner import CAN_CUT, PRESETS, adapt_pruner
+from adapt_pruner.methods.base import limits_of
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.score.collect import Wants
+from adapt_pruner.model.history import History
 from adapt_pruner.score.importance import IMPORTANCES, Importance
-from adapt_pruner.settings import PRESETS, make_settings
+from adapt_pruner.score.observers import Gram
 from picomodels import NUM_LAYERS, PICO, VOCAB_SIZE, build, logits_of, random_tokens
 
 NEURON = 3 * 64 + 2  # parameters of one neuron of the tiny llama
@@ -26,12 +28,16 @@ def calibration_for(settings):
     return CalibrationData(documents, settings.window_length, settings.windows, settings.seed)
 
 
-def prune(model, sparsity, preset="best", **values):
+def work_for(model, target, settings, calibration=None, **more):
+    return Work(model, calibration or calibration_for(settings), (target,), settings, **more)
+
+
+def prune(model, sparsity, preset="best", on_edit=lambda edit, before: None, **values):
     """Prune to a sparsity with few, short windows. Returns (target, steps)."""
     values = {"windows": 6, "window_length": 8, **FEW_STEPS[preset], **values}
     settings = make_settings(preset, **values)
     target = resolve_target(find_anatomy(model), sparsity, None)
-    return target, list(adapt_pruner(model, calibration_for(settings), target, settings))
+    return target, list(adapt_pruner(work_for(model, target, settings, on_edit=on_edit)))
 
 
 def widths(model, name="intermediate_size"):
@@ -71,7 +77,7 @@ def test_the_target_is_met_with_every_importance(importance, preset):
 @pytest.mark.parametrize("model_type", PICO)
 def test_the_target_is_met_for_every_architecture(model_type, preset):
     model = build(model_type, torch.float32)
-    costs = [group.unit_cost for group in find_anatomy(model).groups]
+    costs = [axis.unit_cost for axis in find_anatomy(model).of_kinds({"kv-groups", "neurons"})]
     target, _ = prune(model, 0.35, preset)
     assert 0 <= target - model.num_parameters() < min(costs)
     assert_works(model)
@@ -89,7 +95,10 @@ def test_the_target_is_met_in_bfloat16(preset):
 def test_a_model_that_is_small_enough_is_left_alone():
     model = build("llama", torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert prune(model, 0.0) == (model.num_parameters(), [])
+    edits = []
+    target, (step,) = prune(model, 0.0, on_edit=lambda edit, before: edits.append(edit))
+    assert target == model.num_parameters()
+    assert (step.step, step.target, edits) == (0, target, [])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -107,9 +116,11 @@ def test_the_smallest_model_possible_can_be_asked_for(preset):
     # Such an amplitude can keep a layer whole for ever; then the ranking takes over.
     settings = make_settings(preset, windows=2, window_length=8, steps=8, amplitude=0.2)
     anatomy = find_anatomy(model)
-    removable = sum(group.unit_cost * (group.num_units - 1) for group in anatomy.groups)
+    removable = sum(
+        axis.unit_cost * (axis.num_units - 1) for axis in anatomy.of_kinds({"kv-groups", "neurons"})
+    )
     target = anatomy.total_parameters - removable
-    for step in adapt_pruner(model, calibration_for(settings), target, settings):
+    for step in adapt_pruner(work_for(model, target, settings)):
         assert step.step <= 10 * settings.steps
     assert model.num_parameters() == target
     assert widths(model) == [1] * NUM_LAYERS
@@ -123,7 +134,7 @@ def test_the_smallest_model_possible_can_be_asked_for(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_only_the_mlp_is_cut_on_request(preset):
     model = build("llama", torch.float32)
-    target, _ = prune(model, 0.3, preset, prune="mlp")
+    target, _ = prune(model, 0.3, preset, cut=("neurons",))
     assert 0 <= target - model.num_parameters() < NEURON
     assert widths(model, "num_key_value_heads") == [4] * NUM_LAYERS
 
@@ -131,7 +142,7 @@ def test_only_the_mlp_is_cut_on_request(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_only_attention_is_cut_on_request(preset):
     model = build("llama", torch.float32)
-    target, _ = prune(model, 0.15, preset, prune="attention")
+    target, _ = prune(model, 0.15, preset, cut=("kv-groups",))
     assert 0 <= target - model.num_parameters() < 48 * 64 + 32  # one KV group
     assert widths(model) == [96] * NUM_LAYERS
 
@@ -140,12 +151,16 @@ def test_only_attention_is_cut_on_request(preset):
 @pytest.mark.parametrize(("protected", "whole"), [((0,), [0]), ((-1,), [2]), ((0, 1), [0, 1])])
 def test_protected_layers_stay_whole(preset, protected, whole):
     model = build("llama", torch.float32)
-    target, steps = prune(model, 0.2, preset, protect_layers=protected)
+    edits = []
+    target, _ = prune(
+        model, 0.2, preset, lambda edit, before: edits.append(edit), protect_layers=protected
+    )
     assert 0 <= target - model.num_parameters() < NEURON
     for layer in range(NUM_LAYERS):
         shape = widths(model)[layer], widths(model, "num_key_value_heads")[layer]
         assert (shape == (96, 4)) == (layer in whole)
-    assert not any(layer in whole for step in steps for layer, _ in step.kept)
+    assert edits
+    assert not any(layer in whole for edit in edits for layer, _ in edit.keep)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -155,7 +170,9 @@ def test_mlp_widths_stay_multiples(preset, multiple):
     target, _ = prune(model, 0.35, preset, multiple=multiple)
     assert 0 <= target - model.num_parameters() < min(multiple * NEURON, 48 * 64 + 32)
     assert all(width % multiple == 0 and width > 0 for width in widths(model))
-    assert len(set(widths(model))) > 1 or multiple == 32
+    # The paper's rule takes one block of 32 of each layer; all others leave layers that differ.
+    assert (set(widths(model)) == {64}) == ((preset, multiple) == ("paper", 32))
+    assert (len(set(widths(model))) > 1) == ((preset, multiple) != ("paper", 32))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -177,7 +194,7 @@ def test_a_step_too_large_for_the_rest_ends_well():
     model = build("llama", torch.float32)
     settings = make_settings(multiple=95, steps=2, windows=2, window_length=8)
     target = model.num_parameters() - 2400
-    (_,) = adapt_pruner(model, calibration_for(settings), target, settings)
+    (_,) = adapt_pruner(work_for(model, target, settings))
     assert model.num_parameters() == target + 2400 - 3104
 
 
@@ -187,12 +204,12 @@ def test_a_step_too_large_for_the_rest_ends_well():
         ("llama", {"protect_layers": (3,)}, r"layers 0 to 2; got 3"),
         ("llama", {"protect_layers": (-4,)}, r"layers 0 to 2; got -4"),
         ("llama", {"protect_layers": (0,), "layout": "uniform"}, r"must be empty; got \[0\]"),
-        ("gpt_neox", {"prune": "attention"}, "use mlp"),
+        ("gpt_neox", {"cut": ("kv-groups",)}, "it has neurons"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(model_type, values, message):
     with pytest.raises(InvalidSettings, match=message):
-        limits_of(make_settings(**values), find_anatomy(build(model_type)))
+        limits_of(make_settings(**values), find_anatomy(build(model_type)), CAN_CUT)
 
 
 # --- steps ------------------------------------------------------------------------------------
@@ -223,32 +240,32 @@ def test_every_step_draws_other_windows_and_other_random_numbers(monkeypatch):
             draws.append(step)
             return super().draw(step)
 
-    def random(group, statistics, seed):
+    def random(axis, statistics, seed):
         seeds.append(seed)
-        return torch.rand(group.num_units)
+        return torch.rand(axis.num_units)
 
-    monkeypatch.setitem(IMPORTANCES, "random", Importance(random, Wants.NOTHING))
+    monkeypatch.setitem(IMPORTANCES.own, "random", Importance(random))
     model = build("llama", torch.float32)
     settings = make_settings(importance="random", steps=3, seed=7)
     target = resolve_target(find_anatomy(model), 0.3, None)
     calibration = Calibration(random_tokens(batch=20, length=40), 8, 2)
-    list(adapt_pruner(model, calibration, target, settings))
+    list(adapt_pruner(work_for(model, target, settings, calibration)))
     assert draws == [0, 1, 2]
     assert len(set(seeds)) == 3
 
 
 def test_the_statistics_of_a_step_are_gone_before_the_next(monkeypatch):
-    found = []  # weak references, one per group and step
+    found = []  # weak references, one per axis and step
 
-    def random(group, statistics, seed):
+    def random(axis, statistics, seed):
         found.append(weakref.ref(statistics))
-        return torch.rand(group.num_units)
+        return torch.rand(axis.num_units)
 
-    monkeypatch.setitem(IMPORTANCES, "random", Importance(random, Wants.GRAM))
+    monkeypatch.setitem(IMPORTANCES.own, "random", Importance(random, (Gram,)))
     model, settings = build("llama", torch.float32), make_settings(importance="random", steps=2)
     target = resolve_target(find_anatomy(model), 0.3, None)
     calibration = CalibrationData(random_tokens(batch=20, length=40), 8, 2)
-    for _ in adapt_pruner(model, calibration, target, settings):
+    for _ in adapt_pruner(work_for(model, target, settings, calibration)):
         assert all(reference() is None for reference in found)
     assert len(found) == 2 * 2 * NUM_LAYERS
 
@@ -277,18 +294,26 @@ def test_adaptive_steps_follow_equation_6():
             assert width["num_key_value_heads"] == int(4 * (1 - s))
 
 
-def test_a_step_tells_what_it_kept():
+def test_every_cut_tells_what_it_kept():
     model = build("llama", torch.float32)
-    rows = torch.arange(96.0)
+    rows, edits = torch.arange(96.0), []
     up = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
         up.bias.copy_(rows / 1000)
-    _, steps = prune(model, 0.4, "paper")
-    for step in steps:
-        if (0, "mlp") in step.kept:
-            rows = rows[step.kept[0, "mlp"]]
-    assert len(rows) < 96
-    torch.testing.assert_close(up.bias.detach(), rows / 1000)
+    history = History(find_anatomy(model))
+
+    def on_edit(edit, before):
+        edits.append(edit)
+        history.add(edit, before)
+
+    prune(model, 0.4, "paper", on_edit)
+    kept = rows
+    for edit in edits:
+        if (0, "neurons") in edit.keep:
+            kept = kept[edit.keep[0, "neurons"]]
+    assert len(kept) < 96
+    torch.testing.assert_close(up.bias.detach(), kept / 1000)
+    assert torch.equal(history.units[0, "neurons"], kept.long())
 
 
 def test_a_step_tells_the_state_before_its_cut():
@@ -300,7 +325,7 @@ def test_a_step_tells_the_state_before_its_cut():
         window = calibration.draw(0)
         expected = model(input_ids=window, labels=window).loss.item()
     target = resolve_target(find_anatomy(model), 0.3, None)
-    first = next(adapt_pruner(model, calibration, target, settings))
+    first = next(adapt_pruner(work_for(model, target, settings, calibration)))
     assert first.loss == pytest.approx(expected, rel=1e-5)
     assert len(first.layer_importance) == len(first.layer_distance) == NUM_LAYERS
     assert max(map(abs, first.layer_importance)) == pytest.approx(1)
@@ -312,7 +337,7 @@ def test_progress_is_reported_in_shares():
     model = build("llama", torch.float32)
     settings = make_settings(windows=6, window_length=8, steps=2, micro_batch_size=2)
     target = resolve_target(find_anatomy(model), 0.3, None)
-    list(adapt_pruner(model, calibration_for(settings), target, settings, shares.append))
+    list(adapt_pruner(work_for(model, target, settings, on_progress=shares.append)))
     assert shares == pytest.approx([1 / 3, 2 / 3, 1] * 2)
 
 
@@ -349,7 +374,7 @@ def test_better_units_stay():
     expected = logits_of(model, random_tokens())
     target = model.num_parameters() - int(useless.sum()) * 3 * 64
     settings = make_settings(windows=6, window_length=8, steps=2, compensation="none")
-    list(adapt_pruner(model, calibration_for(settings), target, settings))
+    list(adapt_pruner(work_for(model, target, settings)))
     assert widths(model) == (~useless).sum(dim=1).tolist()
     torch.testing.assert_close(logits_of(model, random_tokens()), expected, rtol=1e-3, atol=1e-4)
 

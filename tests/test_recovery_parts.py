@@ -11,17 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapt_pruner import find_anatomy, prune
+from adapt_pruner import prune
+from adapt_pruner.api import Listener
 from adapt_pruner.errors import InvalidSettings, NonFiniteError
 from adapt_pruner.model.architectures import ARCHITECTURES
 from adapt_pruner.recovery import objective
-from adapt_pruner.recovery.moments import (
-    flatten,
-    moment_cutter,
-    read_moments,
-    unflatten,
-    write_moments,
-)
+from adapt_pruner.recovery.moments import flatten, read_moments, unflatten, write_moments
 from adapt_pruner.recovery.objective import (
     Teaching,
     forward_kl,
@@ -137,12 +132,18 @@ def test_moments_are_cut_as_the_weights_are(model_type, calibration):
         name: {"exp_avg": p.detach().clone(), "exp_avg_sq": -p.detach(), "step": torch.tensor(3.0)}
         for name, p in model.named_parameters()
     }
-    cut = moment_cutter(model, find_anatomy(model))
-    result = prune(
+    followed = []
+
+    class Follower(Listener):
+        def on_edit(self, edit, before):
+            followed.append(edit.follow(model, moments))
+
+    prune(
         model, sparsity=0.4, calibration=calibration, importance="random", compensation="none",
-        steps=2,
+        steps=2, listener=Follower(),
     )  # fmt: skip
-    cut(moments, result.kept)
+    assert followed == [True, True]
+    assert moments.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(moments[name]["exp_avg"], parameter.detach(), rtol=0, atol=0)
         torch.testing.assert_close(moments[name]["exp_avg_sq"], -parameter.detach())

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from ..errors import WritingError
+from ..limits import Tokens
+from .options import Number
 
 
 @click.command("report")
@@ -15,9 +17,9 @@ from ..errors import WritingError
     "-o", "--output", type=click.Path(path_type=Path),
     help="HTML file to write; default: report.html in the run, or here for several.",
 )  # fmt: skip
-@click.option("--prompt", "prompts", multiple=True, help="Let both models go on from it; repeat.")
+@click.option("--prompt", "prompts", multiple=True, help="Let the models go on from it; repeat.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+    "--max-new-tokens", type=Number(Tokens), default=64, show_default=True,
     help="Tokens that each writes after a prompt.",
 )  # fmt: skip
 @click.option("--speed", is_flag=True, help="Measure prefill and decode of both models now.")
@@ -25,7 +27,10 @@ from ..errors import WritingError
     "--evaluation", type=click.Path(path_type=Path), metavar="FILE",
     help="Show the results that `adapt-pruner evaluate DENSE RUN --json FILE` wrote.",
 )  # fmt: skip
-@click.option("--dense", metavar="MODEL", help="The dense model, if it is no longer where it was.")
+@click.option(
+    "--dense", metavar="MODEL",
+    help="The dense model, for --prompt and --speed; without it the pruned one writes alone.",
+)  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="For --prompt and --speed.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT even if it is no report.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the dense model.")
@@ -44,10 +49,10 @@ def command(
     """Write one HTML page about the directory RUN of a pruning, or comparing several.
 
     \b
-    adapt-pruner report smaller --prompt "Once upon a time" --speed
+    adapt-pruner report smaller --prompt "Once upon a time" --speed --dense ./my-model
     adapt-pruner report smaller smallest -o both.html
     """
-    from ..files import write_atomically
+    from ..files import beginning, place_of, write_atomically
     from ..model.loading import resolve_device
     from ..report.account import REPORT_FILE
     from ..report.page import MARK, render
@@ -57,9 +62,12 @@ def command(
     from . import console
 
     output = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
-    if output.is_dir():
+    place = place_of(output)
+    if place.is_dir():
         raise WritingError(f"'{output}' is a directory; name an HTML file in it.")
-    if output.exists() and not overwrite and MARK not in output.read_text("utf-8", "ignore")[:2000]:
+    if place.exists() and not place.is_file():
+        raise WritingError(f"'{output}' is a pipe or a device; name an ordinary file.")
+    if place.exists() and not overwrite and MARK not in beginning(place):
         raise WritingError(
             f"'{output}' exists and is no report. Name another file, or pass --overwrite."
         )
@@ -77,4 +85,4 @@ def command(
             console.err.print(f"{run.name}: {extra.missing_dense}", soft_wrap=True, markup=False)
     click.echo(f"written to {output}")
     if not prompts:
-        click.echo('--prompt "Some text" adds what both models write after it.')
+        click.echo('--prompt "Some text" --dense MODEL adds what both models write after it.')

@@ -26,6 +26,8 @@ def describe_model(config: Any, anatomy: Anatomy) -> None:
     plain = {name: widths.pop() for name, widths in common.items() if len(widths) == 1}
     if not heads_fit(config.hidden_size, plain.get("num_attention_heads", 1)):
         plain = {name: width for name, width in plain.items() if name == "intermediate_size"}
+    if "num_attention_heads" not in plain and anatomy.architecture.has_free_heads:
+        _make_global_heads_fit(config, plain)
     varying: dict[int, dict[str, Any]] = {}
     for name, of_layers in values.items():
         if name in plain:
@@ -33,8 +35,6 @@ def describe_model(config: Any, anatomy: Anatomy) -> None:
         else:
             for i, width in of_layers.items():
                 varying.setdefault(i, {})[name] = width
-    if "num_attention_heads" not in plain and anatomy.architecture.has_free_heads:
-        _make_global_heads_fit(config)
     for i, layer in enumerate(anatomy.layers):
         for name, value in _alterations(config, anatomy, layer).items():
             varying.setdefault(i, {})[name] = value
@@ -55,9 +55,11 @@ def _fix_sizes(config: Any, anatomy: Anatomy) -> None:
         config.block_auto_adjust_ff_dim = False  # LFM2: intermediate_size is now meant literally
 
 
-def _make_global_heads_fit(config: Any) -> None:
-    """Head counts are said per layer; the global ones must be such as the class accepts."""
+def _make_global_heads_fit(config: Any, plain: dict[str, int]) -> None:
+    """Head counts are said per layer; the global ones must be such as the class accepts. Where they
+    are not, KV heads are said per layer too, even if all layers have equally many."""
     if not heads_fit(config.hidden_size, config.num_attention_heads):
+        plain.pop("num_key_value_heads", None)
         config.num_attention_heads = config.num_key_value_heads = 1
 
 

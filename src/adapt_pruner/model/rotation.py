@@ -24,7 +24,7 @@ from ..errors import LoadingError, NonFiniteError, UnsupportedModel
 from .anatomy import Anatomy, find_anatomy
 from .configuring import describe_model
 from .geometry import adopt_geometry, match_widths
-from .sliced import slice_layer, slice_trunk
+from .sliced import names_of, slice_layer, slice_trunk
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ def _apply_with_shortcuts(model: Any, anatomy: Anatomy, bases: Sequence[Tensor])
     embedding.embedding_dim = width
     config.sliced_hidden_size = width
     attention_out, mlp_out = _writers(anatomy)
+    _, parts, _ = names_of(anatomy.architecture)
     for i, layer in enumerate(anatomy.layers):
         entering, middle, leaving = bases[2 * i : 2 * i + 3]
         attention, mlp = _readers_by_sublayer(anatomy, i)
@@ -171,7 +172,7 @@ def _apply_with_shortcuts(model: Any, anatomy: Anatomy, bases: Sequence[Tensor])
         _rotate_output(layer.get_submodule(attention_out), middle)
         _rotate_output(layer.get_submodule(mlp_out), leaving)
         sliced: Any = layer
-        slice_layer(sliced, config, i == len(anatomy.layers) - 1, anatomy.architecture)
+        slice_layer(sliced, config, i == len(anatomy.layers) - 1, parts, mlp_out)
         sliced.attn_shortcut_Q.data = _times(entering.T, middle).to(sliced.attn_shortcut_Q)
         sliced.mlp_shortcut_Q.data = _times(middle.T, leaving).to(sliced.mlp_shortcut_Q)
     slice_trunk(_trunk(model, anatomy), config)

@@ -15,12 +15,29 @@ from torch.utils.checkpoint import checkpoint
 
 from adapt_pruner.errors import NonFiniteError
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.score.collect import Distance, Pass, Statistics, Wants, collect, prunable_matrices
+from adapt_pruner.score.collect import Pass, collect
+from adapt_pruner.score.observers import (
+    Distance,
+    Fisher,
+    Gram,
+    LayerDistance,
+    UnitGradients,
+    WeightGradients,
+    matrices,
+    normalise,
+)
 from picomodels import INTERMEDIATE_SIZE, NUM_LAYERS, PICO, build, random_tokens
 
-EVERYTHING = Wants.WEIGHT_GRADIENTS | Wants.FISHER | Wants.UNIT_GRADIENTS | Wants.GRAM
+EVERYTHING = (Fisher, UnitGradients, Gram)
+NO_FISHER = (WeightGradients, UnitGradients, Gram)
+CUT = {"kv-groups", "neurons"}
 WINDOWS = random_tokens(batch=5, length=12)
-TABLES = ("unit_gradient_abs", "unit_gradient_squared", "gram", "fisher")
+TABLES = (
+    (UnitGradients, "absolute"),
+    (UnitGradients, "squared"),
+    (Gram, "matrix"),
+    (Fisher, "squared"),
+)
 
 
 def close(actual, expected, tolerance=1e-4):
@@ -28,6 +45,19 @@ def close(actual, expected, tolerance=1e-4):
     expected = torch.as_tensor(expected).double()
     limit = tolerance * float(expected.abs().max())
     torch.testing.assert_close(torch.as_tensor(actual).double(), expected, rtol=0, atol=limit)
+
+
+def observers(kinds):
+    """The distances of layers are always wanted."""
+    return [LayerDistance(), *(kind() for kind in kinds)]
+
+
+def prunable_matrices(anatomy):
+    return matrices(anatomy.of_kinds(CUT))
+
+
+def of_weights(kinds):
+    return any(kind.needs_weight_gradients for kind in kinds)
 
 
 def window_loss(model, window_T):
@@ -43,10 +73,13 @@ class Gates:
     def __init__(self, model):
         anatomy = find_anatomy(model)
         names = anatomy.architecture
-        self.of = {g.key: torch.ones(g.num_units, dtype=torch.float64) for g in anatomy.groups}
+        self.of = {
+            axis.key: torch.ones(axis.num_units, dtype=torch.float64)
+            for axis in anatomy.of_kinds(CUT)
+        }
         for (i, kind), gate_U in self.of.items():
             layer = anatomy.layers[i]
-            if kind == "mlp":
+            if kind == "neurons":
                 layer.get_submodule(names.mlp_output).register_forward_pre_hook(
                     lambda _, args, gate_U=gate_U: (args[0] * gate_U,)
                 )
@@ -66,7 +99,7 @@ class Gates:
 
 
 def gate_gradients(model, windows_BT):
-    """Per group (B, U): gradient of each window's loss to each unit's gate, by plain autograd."""
+    """Per axis (B, U): gradient of each window's loss to each unit's gate, by plain autograd."""
     gates = list(Gates(model).of.items())
     for _, gate_U in gates:
         gate_U.requires_grad_()
@@ -78,16 +111,17 @@ def gate_gradients(model, windows_BT):
     return {key: torch.stack(column) for (key, _), column in zip(gates, columns, strict=True)}
 
 
-def snapshot(model, wants=EVERYTHING, windows_BT=WINDOWS, **how):
+def snapshot(model, kinds=EVERYTHING, windows_BT=WINDOWS, **how):
     """Everything that a pass finds, as float64 tensors by name."""
     anatomy = find_anatomy(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    with collect(model, anatomy, windows_BT, wants, Pass(**how)) as found:
-        result = {"loss": found.loss, "layer_distance": found.layer_distance}
-        for table in TABLES:
-            for key, value in getattr(found, table).items():
-                result[table, names.get(key, key)] = value
-        if wants.of_weights:
+    with collect(model, anatomy, windows_BT, observers(kinds), how=Pass(**how)) as found:
+        result = {"loss": found.loss, "layer_distance": found[LayerDistance].distance}
+        for kind, table in TABLES:
+            if kind in kinds:
+                for key, value in getattr(found[kind], table).items():
+                    result[kind.__name__, table, names.get(key, key)] = value
+        if of_weights(kinds):
             for matrix in prunable_matrices(anatomy):
                 result["gradient", names[matrix]] = matrix.grad.clone()
     return {name: torch.as_tensor(value).double() for name, value in result.items()}
@@ -110,18 +144,18 @@ def test_unit_gradients_are_gradients_of_gates(model_type):
     # Behind OLMo's clamp a gate on the value head would not be a gate on what heads read of it.
     model = build(model_type, **({"clip_qkv": None} if model_type == "olmo" else {}))
     anatomy = find_anatomy(model)
-    with collect(model, anatomy, WINDOWS, Wants.UNIT_GRADIENTS) as found:
+    with collect(model, anatomy, WINDOWS, [UnitGradients()]) as found:
         pass
     for key, gradient_BU in gate_gradients(model, WINDOWS).items():
         assert gradient_BU.abs().max() > 1e-4
-        close(found.unit_gradient_abs[key], gradient_BU.abs().mean(dim=0))
-        close(found.unit_gradient_squared[key], gradient_BU.square().mean(dim=0))
+        close(found[UnitGradients].absolute[key], gradient_BU.abs().mean(dim=0))
+        close(found[UnitGradients].squared[key], gradient_BU.square().mean(dim=0))
 
 
 @pytest.mark.parametrize("model_type", ["phi", "starcoder2", "gpt_neox"])  # float64 throughout
 def test_unit_gradients_are_finite_differences_of_gates(model_type):
     model, window = build(model_type), WINDOWS[:1]
-    with collect(model, find_anatomy(model), window, Wants.UNIT_GRADIENTS) as found:
+    with collect(model, find_anatomy(model), window, [UnitGradients()]) as found:
         pass
     step = 1e-4
     for key, gate_U in Gates(model).of.items():
@@ -134,7 +168,7 @@ def test_unit_gradients_are_finite_differences_of_gates(model_type):
                     losses.append(window_loss(model, window[0]).item())
             gate_U[u] = 1
             differences.append(abs(losses[0] - losses[1]) / (2 * step))
-        close(found.unit_gradient_abs[key][:4], differences)
+        close(found[UnitGradients].absolute[key][:4], differences)
 
 
 # --- weights, Gram matrices, layers -----------------------------------------------------------
@@ -143,20 +177,20 @@ def test_unit_gradients_are_finite_differences_of_gates(model_type):
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "olmo2", "lfm2"])
 def test_weight_gradients_and_fisher_are_means_over_windows(model_type):
     model = build(model_type)
-    found = snapshot(model, Wants.FISHER)
+    found = snapshot(model, (Fisher,))
     names = {parameter: name for name, parameter in model.named_parameters()}
     matrices = list(prunable_matrices(find_anatomy(model)))
     rows = [torch.autograd.grad(window_loss(model, w), matrices) for w in WINDOWS]
     for matrix, gradients in zip(matrices, zip(*rows, strict=True), strict=True):
         gradient_B = torch.stack(gradients)
         close(found["gradient", names[matrix]], gradient_B.mean(dim=0))
-        close(found["fisher", names[matrix]], gradient_B.square().mean(dim=0))
+        close(found["Fisher", "squared", names[matrix]], gradient_B.square().mean(dim=0))
 
 
 def test_the_loss_is_the_mean_over_windows():
     model = build("llama")
     losses = [window_loss(model, window_T).item() for window_T in WINDOWS]
-    with collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS) as found:
+    with collect(model, find_anatomy(model), WINDOWS, [UnitGradients()]) as found:
         assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
         assert (found.num_windows, found.num_tokens) == (5, 60)
 
@@ -171,24 +205,25 @@ def test_the_loss_is_the_mean_over_windows():
         ("llama", {"intermediate_size": 700}),  # more than one block of columns
     ],
 )
-@pytest.mark.parametrize("wants", [Wants.GRAM, Wants.GRAM | Wants.UNIT_GRADIENTS])
-def test_gram_matrices_are_of_the_inputs_of_output_projections(model_type, differences, wants):
+@pytest.mark.parametrize("kinds", [(Gram,), (Gram, UnitGradients)])
+def test_gram_matrices_are_of_the_inputs_of_output_projections(model_type, differences, kinds):
     model = build(model_type, **differences)
     anatomy = find_anatomy(model)
-    inputs = {group.key: [] for group in anatomy.groups}
+    inputs = {axis.projection: [] for axis in anatomy.of_kinds(CUT)}
     with ExitStack() as hooks, torch.no_grad():
-        for group in anatomy.groups:
-            handle = group.output_projection.register_forward_pre_hook(
-                lambda _, args, key=group.key: inputs[key].append(args[0])
+        for axis in anatomy.of_kinds(CUT):
+            handle = axis.output.module.register_forward_pre_hook(
+                lambda _, args, key=axis.projection: inputs[key].append(args[0])
             )
             hooks.callback(handle.remove)
         for window_T in WINDOWS:
             model(input_ids=window_T[None], use_cache=False)
-    with collect(model, anatomy, WINDOWS, wants, Pass(micro_batch_size=2)) as found:
-        assert found.gram.keys() == inputs.keys()
+    how = Pass(micro_batch_size=2)
+    with collect(model, anatomy, WINDOWS, observers(kinds), how=how) as found:
+        assert found[Gram].matrix.keys() == inputs.keys()
         for key, seen in inputs.items():
             x_NC = torch.cat(seen).flatten(0, 1)
-            close(found.gram[key], x_NC.T @ x_NC)
+            close(found[Gram].matrix[key], x_NC.T @ x_NC)
 
 
 def distance_by_hand(distance, x_BTD, y_BTD):
@@ -210,8 +245,10 @@ def test_layer_distances_come_from_the_residual_stream(distance):
     expected = [distance_by_hand(distance, x, y) for x, y in pairwise(states)]
     assert len(expected) == NUM_LAYERS
     anatomy = find_anatomy(model)
-    with collect(model, anatomy, WINDOWS, Wants.NOTHING, Pass(2, distance=distance)) as found:
-        assert found.layer_distance == pytest.approx([x.item() for x in expected], rel=1e-5)
+    with collect(model, anatomy, WINDOWS, [LayerDistance(distance)], how=Pass(2)) as found:
+        assert found[LayerDistance].distance == pytest.approx(
+            [x.item() for x in expected], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("model_type", PICO)
@@ -220,8 +257,8 @@ def test_every_architecture_shows_its_residual_stream(model_type):
     with torch.no_grad():
         states = model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
     expected = [distance_by_hand(Distance.COSINE, x, y).item() for x, y in pairwise(states[:-1])]
-    with collect(model, find_anatomy(model), WINDOWS, Wants.NOTHING) as found:
-        assert found.layer_distance[:-1] == pytest.approx(expected, rel=1e-5)
+    with collect(model, find_anatomy(model), WINDOWS, [LayerDistance()]) as found:
+        assert found[LayerDistance].distance[:-1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_cosine_of_one_is_a_distance_of_minus_one():
@@ -244,25 +281,25 @@ def test_a_cosine_of_one_is_a_distance_of_minus_one():
     ],
 )
 def test_layer_importance_has_mean_0_and_largest_size_1(distances, importance):
-    assert Statistics(layer_distance=distances).layer_importance == pytest.approx(importance)
+    assert normalise(distances) == pytest.approx(importance)
 
 
 # --- results do not depend on how the pass runs -----------------------------------------------
 
 
-@pytest.mark.parametrize("wants", [EVERYTHING & ~Wants.FISHER, Wants.GRAM, Wants.NOTHING])
-def test_the_micro_batch_size_does_not_matter(wants):
+@pytest.mark.parametrize("kinds", [NO_FISHER, (Gram,), ()])
+def test_the_micro_batch_size_does_not_matter(kinds):
     model = build("llama")
-    one_by_one = snapshot(model, wants, micro_batch_size=1)
+    one_by_one = snapshot(model, kinds, micro_batch_size=1)
     for size in (2, 5, 8, None):
-        assert_same(snapshot(model, wants, micro_batch_size=size), one_by_one)
+        assert_same(snapshot(model, kinds, micro_batch_size=size), one_by_one)
 
 
 def test_results_do_not_depend_on_what_else_is_wanted():
     model = build("qwen3")
     everything = snapshot(model, EVERYTHING)
-    for wants in (Wants.WEIGHT_GRADIENTS, Wants.FISHER, Wants.UNIT_GRADIENTS):
-        alone = snapshot(model, wants)
+    for kinds in ((WeightGradients,), (Fisher,), (UnitGradients,)):
+        alone = snapshot(model, kinds)
         assert_same(alone, {name: everything[name] for name in alone})
 
 
@@ -274,15 +311,15 @@ def test_gradient_checkpointing_changes_nothing(model_type):
     assert not checkpoints(model)
 
 
-@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.FISHER, Wants.UNIT_GRADIENTS])
-def test_gradient_checkpointing_changes_nothing_whatever_is_wanted(wants):
+@pytest.mark.parametrize("kinds", [(WeightGradients,), (Fisher,), (UnitGradients,)])
+def test_gradient_checkpointing_changes_nothing_whatever_is_wanted(kinds):
     model = build("llama")
-    expected = snapshot(model, wants)
-    assert_same(snapshot(model, wants, gradient_checkpointing=True), expected)
+    expected = snapshot(model, kinds)
+    assert_same(snapshot(model, kinds, gradient_checkpointing=True), expected)
 
 
-@pytest.mark.parametrize("wants", [Wants.UNIT_GRADIENTS, Wants.UNIT_GRADIENTS | Wants.GRAM])
-def test_gradient_checkpointing_keeps_no_activations_of_neurons(wants):
+@pytest.mark.parametrize("kinds", [(UnitGradients,), (UnitGradients, Gram)])
+def test_gradient_checkpointing_keeps_no_activations_of_neurons(kinds):
     model, alive = build("llama"), []
 
     def count(module, args):
@@ -291,7 +328,7 @@ def test_gradient_checkpointing_keeps_no_activations_of_neurons(wants):
 
     model.lm_head.register_forward_pre_hook(count)  # between the layers and the backward pass
     how = Pass(gradient_checkpointing=True)
-    with collect(model, find_anatomy(model), WINDOWS, wants, how):
+    with collect(model, find_anatomy(model), WINDOWS, observers(kinds), how=how):
         assert alive == [0]
 
 
@@ -308,16 +345,16 @@ def test_gradient_checkpointing_keeps_no_activations_of_neurons(wants):
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_there_is_no_dropout_while_scoring(model_type, dropouts, checkpointing):
-    expected = snapshot(build(model_type), Wants.UNIT_GRADIENTS)
+    expected = snapshot(build(model_type), (UnitGradients,))
     model = build(model_type, **dict.fromkeys(dropouts, 0.5)).train()
-    found = snapshot(model, Wants.UNIT_GRADIENTS, gradient_checkpointing=checkpointing)
+    found = snapshot(model, (UnitGradients,), gradient_checkpointing=checkpointing)
     assert_same(found, expected)
 
 
 @pytest.mark.parametrize(("failing_calls", "found_size"), [((1, 2), 42), ((2,), 85)])
 def test_the_micro_batch_is_halved_when_memory_runs_out(failing_calls, found_size):
-    model, wants = build("llama"), EVERYTHING & ~Wants.FISHER
-    expected = snapshot(model, wants)
+    model, kinds = build("llama"), NO_FISHER
+    expected = snapshot(model, kinds)
     calls = []
 
     def run_out(module, args):
@@ -328,13 +365,15 @@ def test_the_micro_batch_is_halved_when_memory_runs_out(failing_calls, found_siz
     model.lm_head.register_forward_pre_hook(run_out)
     how, anatomy = Pass(), find_anatomy(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    with collect(model, anatomy, WINDOWS.repeat(36, 1), wants, how) as found:  # starts with 170
-        for key, value in found.unit_gradient_abs.items():
-            close(value, expected["unit_gradient_abs", key])
-            close(found.gram[key] / 36, expected["gram", key])
+    windows_BT = WINDOWS.repeat(36, 1)  # starts with 170
+    with collect(model, anatomy, windows_BT, observers(kinds), how=how) as found:
+        for key, value in found[UnitGradients].absolute.items():
+            close(value, expected["UnitGradients", "absolute", key])
+        for key, value in found[Gram].matrix.items():
+            close(value / 36, expected["Gram", "matrix", key])
         for matrix in prunable_matrices(anatomy):
             close(matrix.grad, expected["gradient", names[matrix]])
-        assert found.layer_distance == pytest.approx(expected["layer_distance"].tolist())
+        assert found[LayerDistance].distance == pytest.approx(expected["layer_distance"].tolist())
     assert how.micro_batch_size == found_size
 
 
@@ -343,14 +382,16 @@ def test_other_errors_are_not_taken_for_lack_of_memory():
     model.lm_head.register_forward_pre_hook(lambda module, args: torch.zeros(2) @ torch.zeros(3))
     with (
         pytest.raises(RuntimeError, match="size"),
-        collect(model, find_anatomy(model), WINDOWS, Wants.GRAM),
+        collect(model, find_anatomy(model), WINDOWS, [Gram()]),
     ):
         pass
 
 
 def test_progress_is_reported_up_to_the_last_window():
     model, done = build("llama"), []
-    with collect(model, find_anatomy(model), WINDOWS, Wants.GRAM, Pass(2), done.append):
+    with collect(
+        model, find_anatomy(model), WINDOWS, [Gram()], how=Pass(2), on_progress=done.append
+    ):
         assert done == [2, 4, 5]
 
 
@@ -404,18 +445,18 @@ def used_model():
 
 
 RUNS = [
-    (wants, checkpointing)
-    for wants in (EVERYTHING, Wants.UNIT_GRADIENTS, Wants.GRAM, Wants.NOTHING)
+    (kinds, checkpointing)
+    for kinds in (EVERYTHING, (UnitGradients,), (Gram,), ())
     for checkpointing in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("wants", "checkpointing"), RUNS)
-def test_the_model_is_as_before_afterwards(wants, checkpointing):
+@pytest.mark.parametrize(("kinds", "checkpointing"), RUNS)
+def test_the_model_is_as_before_afterwards(kinds, checkpointing):
     model = used_model()
     before = state_of(model)
     how = Pass(gradient_checkpointing=checkpointing)
-    with collect(model, find_anatomy(model), WINDOWS, wants, how):
+    with collect(model, find_anatomy(model), WINDOWS, observers(kinds), how=how):
         assert not model.training
     assert_unchanged(model, before)
 
@@ -427,16 +468,16 @@ def test_gradient_checkpointing_that_was_on_stays_on():
         layer._gradient_checkpointing_func = checkpoint
     for checkpointing in (False, True):
         how = Pass(gradient_checkpointing=checkpointing)
-        with collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS, how):
+        with collect(model, find_anatomy(model), WINDOWS, [UnitGradients()], how=how):
             pass
         for layer in model.model.layers:
             assert layer.gradient_checkpointing
             assert layer._gradient_checkpointing_func is checkpoint
 
 
-@pytest.mark.parametrize(("wants", "checkpointing"), RUNS)
+@pytest.mark.parametrize(("kinds", "checkpointing"), RUNS)
 @pytest.mark.parametrize("where", ["in the pass", "in the block"])
-def test_the_model_is_as_before_after_an_exception(wants, checkpointing, where):
+def test_the_model_is_as_before_after_an_exception(kinds, checkpointing, where):
     model = used_model()
     before = state_of(model)
 
@@ -447,7 +488,9 @@ def test_the_model_is_as_before_after_an_exception(wants, checkpointing, where):
     how = Pass(micro_batch_size=2, gradient_checkpointing=checkpointing)
     with (
         pytest.raises(KeyboardInterrupt),
-        collect(model, find_anatomy(model), WINDOWS, wants, how, on_progress),
+        collect(
+            model, find_anatomy(model), WINDOWS, observers(kinds), how=how, on_progress=on_progress
+        ),
     ):
         raise KeyboardInterrupt
     assert_unchanged(model, before)
@@ -457,16 +500,16 @@ def test_the_model_is_as_before_after_an_exception(wants, checkpointing, where):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.UNIT_GRADIENTS, Wants.GRAM])
+@pytest.mark.parametrize("kinds", [(WeightGradients,), (UnitGradients,), (Gram,)])
 @pytest.mark.parametrize("where", ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"])
-def test_weights_that_are_not_finite_are_an_error(value, wants, where):
+def test_weights_that_are_not_finite_are_an_error(value, kinds, where):
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].get_submodule(where).weight[0, 0] = value
     before = state_of(model)
     with (
         pytest.raises(NonFiniteError, match=r"NaN|nan"),
-        collect(model, find_anatomy(model), WINDOWS, wants),
+        collect(model, find_anatomy(model), WINDOWS, observers(kinds)),
     ):
         pytest.fail("scores of a broken model")
     after = state_of(model)
@@ -480,7 +523,7 @@ def test_the_error_names_the_layer_that_breaks():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
     with (
         pytest.raises(NonFiniteError, match="layer 1"),
-        collect(model, find_anatomy(model), WINDOWS, Wants.NOTHING),
+        collect(model, find_anatomy(model), WINDOWS, [LayerDistance()]),
     ):
         pass
 
@@ -491,7 +534,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
         model.lm_head.weight[0, 0] = float("nan")
     with (
         pytest.raises(NonFiniteError, match=r"loss on the calibration text is nan"),
-        collect(model, find_anatomy(model), WINDOWS, Wants.UNIT_GRADIENTS),
+        collect(model, find_anatomy(model), WINDOWS, [UnitGradients()]),
     ):
         pytest.fail("scores of a broken model")
 
@@ -503,15 +546,15 @@ class SquareRoot(nn.Module):
         return torch.where(x > 0, x.sqrt(), 0)
 
 
-@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.FISHER, Wants.UNIT_GRADIENTS])
-def test_gradients_that_are_not_finite_are_an_error(wants):
+@pytest.mark.parametrize("kinds", [(WeightGradients,), (Fisher,), (UnitGradients,)])
+def test_gradients_that_are_not_finite_are_an_error(kinds):
     model = build("llama")
     model.model.layers[1].mlp.act_fn = SquareRoot()
-    with collect(model, find_anatomy(model), WINDOWS, Wants.GRAM):
+    with collect(model, find_anatomy(model), WINDOWS, [Gram()]):
         pass  # without gradients the model is sound
     with (
         pytest.raises(NonFiniteError, match=r"gradient in layer \d"),
-        collect(model, find_anatomy(model), WINDOWS, wants),
+        collect(model, find_anatomy(model), WINDOWS, observers(kinds)),
     ):
         pytest.fail("scores from broken gradients")
 
@@ -544,23 +587,25 @@ def plain_pass(model, windows_BT, weights):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.profiler")
-@pytest.mark.parametrize("wants", [Wants.WEIGHT_GRADIENTS, Wants.UNIT_GRADIENTS])
-def test_a_pass_holds_little_more_than_one_micro_batch(wants):
+@pytest.mark.parametrize("kinds", [(WeightGradients,), (UnitGradients,)])
+def test_a_pass_holds_little_more_than_one_micro_batch(kinds):
     windows_BT = random_tokens(batch=6, length=256)
     model = build("llama", torch.float32)
     anatomy = find_anatomy(model)
 
     def scored(number):
-        with collect(model, anatomy, windows_BT[:number], wants, Pass(micro_batch_size=2)):
+        with collect(
+            model, anatomy, windows_BT[:number], observers(kinds), how=Pass(micro_batch_size=2)
+        ):
             pass
 
     weights = 4 * anatomy.total_parameters
-    plain = peak_bytes(lambda: plain_pass(model, windows_BT, wants.of_weights))
+    plain = peak_bytes(lambda: plain_pass(model, windows_BT, of_weights(kinds)))
     one, three = peak_bytes(lambda: scored(2)), peak_bytes(lambda: scored(6))
-    gradients = sum(4 * p.numel() for p in prunable_matrices(anatomy) if wants.of_weights)
+    gradients = sum(4 * p.numel() for p in prunable_matrices(anatomy) if of_weights(kinds))
     assert three <= 1.01 * one + gradients
     # Autograd keeps what output projections read for the gradient of their weights. Without that
     # gradient it is kept here, for that of the units.
-    columns = sum(group.output.index_UK.numel() for group in anatomy.groups)
-    inputs = 0 if wants.of_weights else 4 * 2 * 256 * columns
+    columns = sum(axis.output.index_UK.numel() for axis in anatomy.of_kinds(CUT))
+    inputs = 0 if of_weights(kinds) else 4 * 2 * 256 * columns
     assert weights + three <= 1.10 * (weights + plain + inputs)

@@ -1,0 +1,88 @@
+"""What another installed package adds is used like what this one has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from picomodels import build
+
+MODULE = """
+from dataclasses import replace
+
+from adapt_pruner.methods.adapt_pruner import METHOD, AdaptPrunerSettings
+from adapt_pruner.score.importance import Importance
+
+
+class Settings(AdaptPrunerSettings):
+    method: str = "foreign-method"
+
+
+METHOD = replace(METHOD, settings=Settings, presets={}, summary="A method from elsewhere.")
+LAST = Importance(lambda axis, statistics, seed=0: -1.0 * __import__("torch").arange(
+    axis.num_units).float())
+"""
+# In a module of its own: architectures are read while the package itself is being imported.
+ARCHITECTURE = """
+from adapt_pruner.model.architectures import ARCHITECTURES
+
+ROW = ARCHITECTURES.own["llama"]
+"""
+ENTRIES = """[adapt_pruner.methods]
+foreign-method = foreign:METHOD
+[adapt_pruner.importances]
+foreign-importance = foreign:LAST
+[adapt_pruner.architectures]
+foreign-architecture = foreign_rows:ROW
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run Python or the command line where a package that adds three rows is installed."""
+    site = tmp_path / "site"
+    info = site / "foreign-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "foreign.py").write_text(MODULE)
+    (site / "foreign_rows.py").write_text(ARCHITECTURE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRIES)
+    paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_foreign_method_prunes_with_a_foreign_importance(run, llama, text_file, tmp_path):
+    out = tmp_path / "out"
+    run(
+        "-m", "adapt_pruner", "prune", llama, "-o", out, "--sparsity", 0.2,
+        "--method", "foreign-method", "--importance", "foreign-importance", "--cut", "neurons",
+        "--steps", 1, "--windows", 4, "--window-length", 12, "--calibration", text_file,
+    )  # fmt: skip
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["settings"]["method"] == "foreign-method"
+    assert record["settings"]["importance"] == "foreign-importance"
+    for entry in record["edits"][0]["axes"].values():  # the last units score lowest
+        assert entry["kept"] == list(range(len(entry["kept"])))
+    assert record["after"]["total"] < build("llama", torch.float32).num_parameters()
+
+
+def test_a_foreign_architecture_is_in_the_table(run):
+    code = (
+        "from adapt_pruner.model.architectures import ARCHITECTURES as rows\n"
+        "print('foreign-architecture' in rows, rows['foreign-architecture'] is rows['llama'])"
+    )
+    assert run("-c", code).split() == ["True", "True"]
