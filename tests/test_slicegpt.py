@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -23,7 +28,9 @@ from adapt_pruner.methods.slicegpt import SliceGPTSettings, width_for
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.model.edits import edit_of
 from adapt_pruner.model.rotation import Rotate, parameters_after
+from adapt_pruner.report import pictures
 from picomodels import PICO, build, logits_of, random_tokens
+from reload_checkpoints import outputs
 
 # Norms, rotary embeddings and eager softmax compute in float32 even in a float64 model.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -32,6 +39,7 @@ ROTATABLE = ["llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm
              "seed_oss", "apertus"]  # fmt: skip
 OF_TEXT = {"method": "slicegpt", "window_length": 12, "windows": 8, "multiple": 1}
 FORMS = [False, True]
+READER = Path(__file__).with_name("reload_checkpoints.py")
 
 
 def rotate(model, calibration, width, shared=False):
@@ -346,3 +354,21 @@ def test_the_width_is_the_largest_that_meets_the_target():
         size = parameters_after(anatomy, width, False)
         assert width_for(settings, anatomy, size) == width
         assert width_for(settings, anatomy, size - 1) == width - 1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_a_portable_checkpoint_needs_only_transformers(
+    model_type, calibration, tmp_path, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
+    result = sliced(build(model_type, torch.float32), calibration)
+    directory = result.save(tmp_path / "portable", portable=True)
+    found, cache = tmp_path / "found.safetensors", tmp_path / "home"
+    command = [sys.executable, str(READER), "without", "trust", str(found), str(directory)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(cache)},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for key, value in load_file(found).items():
+        assert torch.equal(outputs(result.model)[key.rsplit(".", 1)[1]], value)
