@@ -7,6 +7,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,6 +325,15 @@ def test_a_record_does_not_hold_the_matrices(calibration):
     assert edit_of(record["edits"][0]).record() == record["edits"][0]
     with pytest.raises(LoadingError, match="does not hold the matrices; load the checkpoint"):
         replay(build("llama", torch.float32), record)
+
+
+def test_an_export_is_refused_with_a_way_out(calibration, tmp_path):
+    from adapt_pruner.export.layout import find_layout
+
+    model = build("llama", torch.float32)
+    sliced(model, calibration)
+    with pytest.raises(UnsupportedModel, match="Slice it with --shared-rotation"):
+        find_layout(SimpleNamespace(config=model.config))
 
 
 def test_moments_of_an_optimizer_are_cleared():
