@@ -19,6 +19,7 @@ from .options import (
     read_recipe,
     resolve_settings,
     run_options,
+    several_sizes,
 )
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def _request(
     trackers = tuple(name.strip() for name in options.pop("report_to").split(",") if name.strip())
     training = {name: options.pop(name) for name in RecoverySettings.model_fields}
     values = own_values(own, said_of_run)
+    if len(several_sizes(values)) > 1:
+        raise click.UsageError("accel trains one size; name one --sparsity or --params.")
     model = named_model(model or said.get("model"), output, dry_run)
     for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
         if values[name] is None:

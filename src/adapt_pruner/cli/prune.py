@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from .options import (
     read_recipe,
     resolve_settings,
     run_options,
+    several_sizes,
 )
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 RECIPE_KEYS = {
     "model": (str,),
-    "sparsity": (float, int),
-    "params": (int, str),
+    "sparsity": (float, int, list),
+    "params": (int, str, list),
     "preset": (str,),
     "evaluate": (str,),
     "portable": (bool,),
@@ -45,12 +47,13 @@ def command(
     """Make MODEL, a name on the hub, a directory or a GGUF file, smaller without training.
 
     \b
+    adapt-pruner prune ./my-model -o DIR --sparsity 0.2,0.4   # DIR/sparsity-0.2, DIR/sparsity-0.4
     adapt-pruner prune meta-llama/Llama-3.2-1B -o smaller --sparsity 0.2
     adapt-pruner prune ./my-model -o smaller --params 350M --calibration text.jsonl
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
     """
     from ..model.loading import is_gguf
-    from ..run import plan_run, run_pruning, run_pruning_to_gguf
+    from ..run import plan_run, run_pruning_to_sizes
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
@@ -58,39 +61,54 @@ def command(
     to_gguf = output is not None and is_gguf(str(output))
     if quantize and not to_gguf:
         raise click.UsageError("--quantize is for GGUF files: name one, -o smaller.gguf.")
-    request = _request(model, said, options)
+    requests = _requests(model, said, options)
     console.hush_libraries()
     if dry_run:
-        console.show_plan(plan_run(request))
+        for request in requests.values():
+            console.show_plan(plan_run(request))
         return
     assert output is not None
-    exported = None
-    with console.ProgressBar(quiet) as bar:
-        if to_gguf:
-            result, exported = run_pruning_to_gguf(request, output, quantize or "F16", bar)
-        else:
-            result = run_pruning(request, output, bar)
-    if quiet:
+    if to_gguf:
+        _prune_to_gguf(list(requests.values()), output, quantize, quiet)
         return
-    console.show_result(result)
-    if exported is None:
-        click.echo(f"written to {output}")
-    else:
-        show_export(exported)
+    outputs = [output / name for name in requests] if len(requests) > 1 else [output]
+    with console.ProgressBar(quiet) as bar:
+        for place, result in run_pruning_to_sizes(list(requests.values()), outputs, bar):
+            if not quiet:
+                console.show_result(result)
+                console.out.print(f"written to {place}", highlight=False, soft_wrap=True)
 
 
-def _request(model: str, said: dict[str, Any], options: dict[str, Any]) -> Request:
-    """What the recipe says and the flags ask for together. A flag overrides the recipe."""
+def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict[str, Request]:
+    """What recipe and flags ask for together, for each size by its name. A flag overrides the
+    recipe."""
     from ..run import Request, default_calibration
 
     own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
     preset = options.pop("preset", None)
     values = own_values(own, said)
-    return Request(
+    sizes = several_sizes(values)
+    request = Request(
         model=model,
         settings=resolve_settings(preset, default_calibration(model), said, options),
         overwrite=overwrite,
         trust_remote_code=bool(trust),
-        **{**values, "portable": bool(values["portable"])},
+        **{**values, **next(iter(sizes.values())), "portable": bool(values["portable"])},
     )
+    return {name: replace(request, **size) for name, size in sizes.items()}
+
+
+def _prune_to_gguf(
+    requests: list[Request], output: Path, quantize: str | None, quiet: bool
+) -> None:
+    from ..run import run_pruning_to_gguf
+    from . import console
+
+    if len(requests) > 1:
+        raise click.UsageError("A GGUF file holds one size; name a directory for several.")
+    with console.ProgressBar(quiet) as bar:
+        result, exported = run_pruning_to_gguf(requests[0], output, quantize or "F16", bar)
+    if not quiet:
+        console.show_result(result)
+        show_export(exported)

@@ -80,13 +80,12 @@ def evaluate(
     run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
     training = getattr(model, "training", False)
     try:
-        scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
+        scores = run.tasks(suites, names, _listed(task_data))
         scores += [score for source in texts for score in run.text(source)]
     finally:
         if training:  # lm-eval leaves it in evaluation mode
             model.train()
-    parameters = run.records[0].result["parameters"]
-    return Evaluation(subject.name, parameters, scores, settings, run.records, run.num_cached)
+    return run.evaluation(scores)
 
 
 def _check(suites: Any, names: list[str], texts: list[str], settings: EvaluationSettings) -> None:
@@ -114,8 +113,14 @@ class _Run:
         self.num_cached = 0
         self._lm: Any = None
 
+    def evaluation(self, scores: list[Score]) -> Evaluation:
+        size = self.records[0].result["parameters"]
+        return Evaluation(
+            self.subject.name, size, scores, self.settings, self.records, self.num_cached
+        )
+
     def tasks(
-        self, suites: Sequence[Suite], names: Sequence[str], directories: Sequence[Path]
+        self, suites: Sequence[Suite], names: Sequence[str], directories: Sequence[str | Path]
     ) -> list[Score]:
         """Scores of all rows, each suite followed by its averages."""
         if not suites and not names:
@@ -124,8 +129,9 @@ class _Run:
         of_suites = [[harness.Wanted.of_suite(b) for b in suite.benchmarks] for suite in suites]
         wanted = [row for rows in of_suites for row in rows]
         wanted += [harness.Wanted(name, (name,)) for name in names]
+        places = [Path(place).expanduser() for place in directories]
         scores: list[Score] = []
-        with harness.load_tasks(wanted, directories, self.settings) as rows:
+        with harness.load_tasks(wanted, places, self.settings) as rows:
             count = sum(len(row.tasks) for row in rows)
             left = iter(rows)
             for suite in suites:

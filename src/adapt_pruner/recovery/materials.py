@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..allocate.target import resolve_target
 from ..api import calibration_for, check_window_length
 from ..cache import default_cache
 from ..data import CalibrationData
@@ -17,7 +16,7 @@ from ..data.mixture import Mixture, read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..methods import method_named
+from ..methods import method_named, target_of
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_config, load_model, load_tokenizer
 from ..run import evaluation_texts, stored_dtype
@@ -88,7 +87,7 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
         InvalidTarget, InvalidSettings: if the target or the budget makes no sense.
     """
     anatomy = find_anatomy(model)
-    target = resolve_target(anatomy, request.sparsity, request.params)
+    target = target_of(request.settings, anatomy, request.sparsity, request.params)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
     phases = make_phases(request.recovery, anatomy.total_parameters, target, request.tokens)
     return target, phases
@@ -100,8 +99,8 @@ def gather(
     listener: AccelListener,
     with_model: bool = True,
 ) -> Materials:
-    """Read everything that `request` names but the teacher. The first process reads what all need
-    before the others do. Writes nothing but the cache of tokenised data.
+    """Read everything that `request` names but the teacher; of the data, the first process before
+    the others. Writes nothing but the cache of tokenised data.
 
     Args:
         with_model: read the source model now, so that what is wrong with it shows.
@@ -121,16 +120,13 @@ def gather(
     texts = _texts(request)
 
     listener.on_prepare("reading the data")
-    calibration = None
-    if settings.calibration != TRAINING_DATA:
-        calibration = calibration_for(empty, tokenizer, settings)
+    own = settings.calibration == TRAINING_DATA
+    calibration = None if own else calibration_for(empty, tokenizer, settings)
     budget = phases[-1].end_step * tokens_per_step(request.recovery)
     with first_alone(accelerator):
         data = _prepare(request, mixture, tokenizer, budget, empty, listener)
     listener.on_data(data.describe())
-    if calibration is None:
-        num_windows = budget // request.recovery.sequence_length
-        calibration = calibration_on(data, settings, num_windows, seed_of(request))
+    num_windows = budget // request.recovery.sequence_length
     return Materials(
         request=request,
         accelerator=accelerator,
@@ -142,7 +138,7 @@ def gather(
         target=target,
         phases=phases,
         data=data,
-        calibration=calibration,
+        calibration=calibration or calibration_on(data, settings, num_windows, seed_of(request)),
         texts=texts,
         teacher=None,
         seed=seed_of(request),
