@@ -108,7 +108,7 @@ def gather(
     Raises:
         AdaptPrunerError: one of its kinds, for whatever is missing or does not fit.
     """
-    settings = request.settings
+    settings, seed = request.settings, seed_of(request)
     listener.on_prepare("reading the model")
     empty = empty_model(request.model, request.trust_remote_code)
     target, phases = plan_phases(request, empty)
@@ -118,15 +118,14 @@ def gather(
     num_tokens = shared_tokens(request, empty, tokenizer) if request.recovery.alpha else 0
     model = read_model(request, accelerator) if with_model else None
     texts = _texts(request)
-
     listener.on_prepare("reading the data")
     own = settings.calibration == TRAINING_DATA
     calibration = None if own else calibration_for(empty, tokenizer, settings)
     budget = phases[-1].end_step * tokens_per_step(request.recovery)
+    num_windows = budget // request.recovery.sequence_length
     with first_alone(accelerator):
         data = _prepare(request, mixture, tokenizer, budget, empty, listener)
     listener.on_data(data.describe())
-    num_windows = budget // request.recovery.sequence_length
     return Materials(
         request=request,
         accelerator=accelerator,
@@ -138,10 +137,10 @@ def gather(
         target=target,
         phases=phases,
         data=data,
-        calibration=calibration or calibration_on(data, settings, num_windows, seed_of(request)),
+        calibration=calibration or calibration_on(data, settings, num_windows, seed),
         texts=texts,
         teacher=None,
-        seed=seed_of(request),
+        seed=seed,
         num_tokens=num_tokens,
     )
 
