@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from adapt_pruner.comparison import grid
-from adapt_pruner.comparison.grid import ComparisonRequest
+from adapt_pruner.comparison.cells import ComparisonRequest
 from adapt_pruner.comparison.table import Tables, escape_markdown
 from adapt_pruner.comparison.variants import VARIANTS, Variant, make_variants
 from adapt_pruner.errors import NonFiniteError, WritingError

@@ -10,9 +10,7 @@ import click
 from ..limits import Batch, Factor, Hours, Loss, Rounds, Steps
 from ..recovery.settings import RecoverySettings, make_recovery_settings
 from .options import (
-    Count,
     MethodCommand,
-    Number,
     named_model,
     options_of,
     own_values,
@@ -21,6 +19,7 @@ from .options import (
     run_options,
     several_sizes,
 )
+from .parameters import Count, Number
 
 if TYPE_CHECKING:
     from ..recovery.request import AccelRequest

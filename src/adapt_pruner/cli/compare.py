@@ -11,7 +11,8 @@ from ..errors import Interrupted, InvalidSettings, WritingError
 from ..limits import MAX_SEED, Runs
 from ..methods import DEFAULT_METHOD, method_named
 from ..settings import EvaluationSettings, make_evaluation_settings
-from .options import Names, Number, Numbers, options_of
+from .options import options_of
+from .parameters import Names, Number, Numbers
 
 if TYPE_CHECKING:
     from ..comparison import Comparison, ComparisonRequest

@@ -32,7 +32,7 @@ from ..recovery.request import AccelListener
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..comparison.grid import Cell, CellResult, Comparison
+    from ..comparison.cells import Cell, CellResult, Comparison
     from ..comparison.table import Tables
     from ..methods import PruningStep
     from ..plan import Plan

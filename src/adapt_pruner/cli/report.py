@@ -9,7 +9,7 @@ import click
 
 from ..errors import WritingError
 from ..limits import Tokens
-from .options import Number
+from .parameters import Number
 
 
 @click.command("report")
