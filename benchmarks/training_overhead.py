@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from adapt_pruner import load_model
 from adapt_pruner.data.sampling import WindowSampler
 from adapt_pruner.methods import make_settings
-from adapt_pruner.recovery.accel import Run
 from adapt_pruner.recovery.launch import make_accelerator
 from adapt_pruner.recovery.materials import gather
 from adapt_pruner.recovery.request import AccelListener, AccelRequest
+from adapt_pruner.recovery.run import Run
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.recovery.state import RunDirectory
 from adapt_pruner.recovery.training import SpikeGuard, training
@@ -64,7 +64,7 @@ def measure(request: AccelRequest, directory: Path, arguments) -> dict:
     with ExitStack() as stack:
         accelerator = make_accelerator(request, directory, stack)
         materials = gather(request, accelerator, AccelListener())
-        run = Run(request, RunDirectory(directory), materials, AccelListener())
+        run = Run(request, RunDirectory(directory, request.recipe()), materials, AccelListener())
         bare = BareLoop(request, materials.data)
         (phase,) = run.phases
         ours, bares, guard = [], [], SpikeGuard(3.0)

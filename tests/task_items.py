@@ -36,6 +36,8 @@ ITEMS: dict[str, list[dict[str, Any]]] = {
     "social_iqa.validation": [
         {"context": "Kim wrote a test.", "question": "Why?", "answerA": "to check the code",
          "answerB": "to sleep", "answerC": "to eat", "label": "1"},
+        {"context": "Kim closed the file.", "question": "Why?", "answerA": "to read it",
+         "answerB": "it was read", "answerC": "to open it", "label": "2"},
     ],
     "winogrande.validation": [
         {"sentence": "The list was shorter than the tuple because the _ was empty.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate import tracking
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -26,14 +30,16 @@ from adapt_pruner.errors import (
     NonFiniteError,
     WritingError,
 )
-from adapt_pruner.recovery import accel, lora, state, training
+from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery import finish as finishing
-from adapt_pruner.recovery.accel import Run, run_accel
+from adapt_pruner.recovery import lora, materials, run, state, training
+from adapt_pruner.recovery.accel import accel, run_accel
 from adapt_pruner.recovery.plan import plan_accel
 from adapt_pruner.recovery.request import AccelRequest
+from adapt_pruner.recovery.run import Run
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.report import pictures
-from adapt_pruner.settings import make_settings
+from adapt_pruner.run import evaluation_texts, measure
 from picomodels import VOCAB_SIZE, build
 
 TRAINING = {
@@ -102,7 +108,7 @@ def test_run_prunes_in_phases_trains_and_explains_itself(request_, text_file, tm
     result = finish(request, tmp_path / "run")
     phases = json.loads((tmp_path / "run" / "phases.json").read_text())
     before = result.before.total
-    unit = find_anatomy(result.model).groups[0].unit_cost
+    unit = find_anatomy(result.model).axes[0].unit_cost
     for j, phase in enumerate(phases, 1):
         wanted = before - round((before - result.target) * j / 3)
         assert wanted - unit < phase["parameters"] <= wanted
@@ -230,10 +236,32 @@ def test_dynamic_mixture_moves_towards_the_harder_domain(request_, text_file, tm
     assert drawn["hard"] > 2 * drawn["easy"]
 
 
-def test_trackers_are_reported_to(request_, tmp_path):
-    pytest.importorskip("tensorboard")
-    finish(replace(request_, report_to=("tensorboard",)), tmp_path / "run")
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+def test_trackers_are_reported_to(request_, text_file, tmp_path, monkeypatch):
+    """One in the place of TensorBoard's, which need not be installed."""
+    heard: list[Any] = []
+
+    class Tracker(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", True, None
+
+        def __init__(self, run_name, logging_dir, **kwargs):
+            super().__init__()
+            heard.append(Path(logging_dir))
+
+        def store_init_configuration(self, values):
+            heard.append(values)
+
+        def log(self, values, step=None, **kwargs):
+            heard.append((step, values))
+
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    request = replace(request_, report_to=("tensorboard",), evaluate=str(text_file))
+    finish(with_training(request, phases=1), tmp_path / "run")
+    place, configuration, *logs = heard
+    assert place.resolve() == (tmp_path / "run").resolve()
+    assert configuration["learning_rate"] == 3e-3
+    assert [step for step, values in logs if "loss" in values] == list(range(1, 13))
+    assert [step for step, values in logs if "perplexity" in values] == [12]
 
 
 # Resume.
@@ -278,8 +306,8 @@ def half_a_file(tensors, file, *args) -> None:
 KILLS: dict[str, Callable[[], None]] = {
     "while data are tokenised": lambda: kill_at(_domains().DomainCache, "_pack", 1, True),
     "when data are there": lambda: kill_at(_domains().DomainCache, "_pack", 1, False),
-    "inside the first cut": lambda: kill_at(_slicing(), "cut_group", 2, False),
-    "inside the second cut": lambda: kill_at(_slicing(), "cut_group", 9, False),
+    "inside the first cut": lambda: kill_at(_edits(), "cut_group", 2, False),
+    "inside the second cut": lambda: kill_at(_edits(), "cut_group", 9, False),
     "between cut and training": lambda: kill_at(Run, "cut", 2, False),
     "in a step of the first phase": lambda: kill_at(training.PhaseTraining, "step", 2, True),
     "after a step of the second": lambda: kill_at(training.PhaseTraining, "step", 4, False),
@@ -301,10 +329,10 @@ def _domains():
     return domains
 
 
-def _slicing():
-    from adapt_pruner import slicing
+def _edits():
+    from adapt_pruner.model import edits
 
-    return slicing
+    return edits
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +407,7 @@ def test_budgets_of_time_and_loss(request_, text_file, uninterrupted, tmp_path, 
 
     def slow(self, *args):
         hour = time.perf_counter() + 3600
-        monkeypatch.setattr(accel.time, "perf_counter", lambda: hour)
+        monkeypatch.setattr(run.time, "perf_counter", lambda: hour)
         return original(self, *args)
 
     for step in range(1, 4):
@@ -416,13 +444,91 @@ def test_resume_in_bfloat16_is_the_same_model(request_, tmp_path):
     assert_equal(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_result_is_stored_as_the_source_is(request_, tokenizer, tmp_path):
+def test_result_is_stored_as_the_source_is_and_measured_as_stored(
+    request_, tokenizer, text_file, tmp_path
+):
     build("llama", torch.bfloat16).save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    finish(
-        with_training(replace(request_, model=str(tmp_path / "source")), phases=1), tmp_path / "r"
-    )
+    request = replace(request_, model=str(tmp_path / "source"), evaluate=str(text_file))
+    result = finish(with_training(request, phases=1), tmp_path / "r")
     assert {tensor.dtype for tensor in weights(tmp_path / "r").values()} == {torch.bfloat16}
+    stored = load_model(str(tmp_path / "r"), "stored", "cpu")
+    assert stored.dtype == torch.bfloat16
+    texts = evaluation_texts(str(text_file))
+    again = measure(stored, tokenizer, texts)
+    assert result.measurements["perplexity"]["after"] == again["perplexity"]
+    (phase,) = closed_phases(tmp_path / "r")  # in the precision of training
+    assert phase["evaluation"]["perplexity"] != again["perplexity"]
+
+
+def test_training_alone_can_be_repeated_from_its_recipe(request_, tmp_path):
+    """Sparsity 0 cuts nothing, and is a target like any other."""
+    result = finish(with_training(replace(request_, sparsity=0), phases=1), tmp_path / "run")
+    assert result.after.total == result.before.total
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["sparsity"] == 0
+    assert "portable" not in recipe
+
+
+def test_cuts_are_calibrated_on_the_training_data_unless_told_otherwise(
+    cli, llama, tokenizer, text_file, tmp_path, monkeypatch
+):
+    """The hub, where the default of `prune` lies, is not asked."""
+    seen = []
+    original = run.prune
+
+    def watch(*args, **kwargs):
+        seen.append(kwargs["calibration"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(run, "prune", watch)
+    options = {"windows": 4, "window_length": 20, "steps": 3, **TRAINING}
+    accel(str(llama), tmp_path / "a", data=str(text_file), tokens=768, sparsity=0.4, **options)
+    text = "".join(text_file.read_text().split("\n<|endoftext|>\n"))
+    for window in seen[-1].draw().tolist():
+        assert len(window) == 20
+        pieces = tokenizer.decode(window, skip_special_tokens=False).split("</s>")
+        assert max(pieces, key=len) in text  # longer than a training window of 16
+    arguments = ("--data", text_file, "--tokens", 768, "--sparsity", 0.4, "--sequence-length", 16,
+                 "--batch-tokens", 64, "--windows", 4, "--window-length", 12, "--alpha", 0,
+                 "--repeat", "--phases", 1)  # fmt: skip
+    done = cli("accel", llama, "-o", tmp_path / "b", *arguments)
+    assert done.status == 0, done.err
+    assert seen[-1].source == "The training data"
+    again = cli("accel", "--recipe", tmp_path / "b" / "recipe.yaml", "-o", tmp_path / "c")
+    assert again.status == 0, again.err
+    assert_equal(tmp_path / "b", tmp_path / "c")
+    done = cli("accel", llama, "-o", tmp_path / "d", *arguments, "--calibration", text_file)
+    assert done.status == 0, done.err
+    assert str(text_file) in seen[-1].source
+
+
+def parameters_in_memory() -> int:
+    gc.collect()
+    found = [x for x in gc.get_objects() if type(x) is torch.nn.Parameter and not x.is_meta]
+    return sum(parameter.numel() for parameter in found)
+
+
+def test_resume_needs_no_more_memory_than_the_run(request_, tmp_path, monkeypatch):
+    """The checkpoint takes the place of the source, which is not read again."""
+    run_accel(replace(request_, stop_after=1), tmp_path / "run")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the source is read")
+
+    held, original = [], state.RunDirectory.read_weights
+
+    def count(self, checkpoint, model):
+        original(self, checkpoint, model)
+        held.append(parameters_in_memory())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(materials, "load_model", refuse)
+        patch.setattr(state.RunDirectory, "read_weights", count)
+        before = parameters_in_memory()
+        result = finish(request_, tmp_path / "run")
+    assert held[0] - before <= closed_phases(tmp_path / "run")[0]["parameters"]
+    assert result.after.total < result.before.total
 
 
 def test_cut_that_is_coarser_than_a_phase(request_, tmp_path):
@@ -468,10 +574,64 @@ def test_whatever_a_kill_left_is_cleared_away(request_, tmp_path):
     assert not (place / "checkpoints").exists()
 
 
+def test_what_is_replaced_stays_until_the_new_run_is_whole(request_, uninterrupted, tmp_path):
+    """A dead run, a run of other settings, and a finished one beside which another begins."""
+    place = tmp_path / "run"
+    shutil.copytree(uninterrupted, place)
+    new = with_training(replace(request_, overwrite=True), learning_rate=1e-3)
+    run_accel(replace(new, stop_after=1), place)
+    assert_equal(place, uninterrupted)
+    run_accel(replace(with_training(new, learning_rate=2e-3), stop_after=1), place)
+    assert_equal(place, uninterrupted)
+    run_accel(replace(new, stop_after=1), place)
+    beside = place.with_name(".run.replacing")
+    first = [phase["evaluation"] for phase in closed_phases(beside)]
+    assert len(first) == 1
+    finish(new, place)  # goes on with the one that was stopped
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert "0.001" in (place / "recipe.yaml").read_text()
+    with pytest.raises(AssertionError):
+        assert_equal(place, uninterrupted)
+    finish(with_training(request_, learning_rate=1e-3), tmp_path / "fresh")
+    assert_equal(place, tmp_path / "fresh")
+
+
+def test_replacement_goes_on_without_the_flag_too(request_, uninterrupted, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(uninterrupted, place)
+    new = with_training(request_, learning_rate=1e-3)
+    run_accel(replace(new, stop_after=1, overwrite=True), place)
+    finish(new, place)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+    assert "finished" in run_accel(new, place).stopped
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "README.md", "model.safetensors"])
+def test_work_of_others_in_a_run_is_not_replaced(request_, uninterrupted, tmp_path, name):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / name).write_text("years of work")
+    with pytest.raises(WritingError, match=f"or that were changed since: {name}"):
+        run_accel(replace(request_, overwrite=True), tmp_path / "run")
+    assert (tmp_path / "run" / name).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("what", ["model", "data", "evaluate"])
+def test_source_in_the_output_is_not_replaced(request_, uninterrupted, tmp_path, text_file, what):
+    place = tmp_path / "run"
+    shutil.copytree(uninterrupted, place)
+    source = place / "checkpoints" / "text.txt" if what in ("data", "evaluate") else place
+    source.parent.mkdir(exist_ok=True)
+    if source != place:
+        shutil.copy(text_file, source)
+    with pytest.raises(WritingError, match="is read by this run and lies in"):
+        run_accel(replace(request_, overwrite=True, **{what: str(source)}), place)
+    assert source.exists()
+
+
 def test_other_directories_are_not_touched(request_, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(WritingError, match="holds no run"):
+        with pytest.raises(WritingError, match=r"holds no run|no run wrote.*: thesis\.txt"):
             run_accel(replace(request_, overwrite=overwrite), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -557,8 +717,8 @@ def test_full_disk_loses_nothing(what, request_, uninterrupted, tmp_path, monkey
         ({"model": "./no-such-model"}, "no model directory"),
         ({"report_to": ("tensorbord",)}, "tensorbord"),
         ({"report_to": "tensorboard"}, "report_to: a list of names"),
-        ({"tokens": "1K"}, "tokens: a whole number"),
-        ({"save_steps": 0}, "save_steps: a whole number of at least 1; got 0"),
+        ({"tokens": "1K"}, "tokens: .*integer"),
+        ({"save_steps": 0}, "save_steps: .*; got 0"),
         ({"settings": make_settings(dtype="float16")}, "float16 is too small"),
         (
             {"recovery": make_recovery_settings(lora_rank=2, moments="carry")},
@@ -637,6 +797,21 @@ def test_python_takes_all_settings_by_name(request_, text_file, uninterrupted, t
     assert_equal(tmp_path / "run", uninterrupted)
     with pytest.raises(InvalidSettings, match="Did you mean 'windows'"):
         adapt_pruner.accel("demo", tmp_path / "no", data="x", tokens=1, sparsity=0.4, windws=4)
+
+
+def test_python_takes_settings_as_objects(request_, text_file, uninterrupted, tmp_path):
+    outcome = adapt_pruner.accel(
+        request_.model, tmp_path / "run", data=str(text_file), tokens=768, sparsity=0.4,
+        settings=request_.settings, recovery=request_.recovery, save_steps=3,
+    )  # fmt: skip
+    assert outcome.result is not None
+    assert_equal(tmp_path / "run", uninterrupted)
+    for whole, single in (("settings", {"windows": 3}), ("recovery", {"alpha": 0.0})):
+        with pytest.raises(InvalidSettings, match=f"`{whole}` or single ones, not both"):
+            adapt_pruner.accel(
+                "demo", tmp_path / "no", data="x", tokens=1, sparsity=0.4,
+                **{whole: getattr(request_, whole)}, **single,
+            )  # fmt: skip
 
 
 # Through the command line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -17,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapt_pruner import PruningResult, checkpoint, prune
+from adapt_pruner import PruningResult, checkpoint, durable, prune
+from adapt_pruner.claims import claimed, write_record
 from adapt_pruner.errors import WritingError
 from adapt_pruner.files import atomic_directory, check_output
 from adapt_pruner.methods import make_settings
@@ -36,21 +38,23 @@ def result(calibration, monkeypatch) -> PruningResult:
 
 @pytest.fixture
 def existing(tmp_path) -> Path:
-    """A directory with something in it that must not be lost."""
+    """A directory that a run wrote, so that another may replace it when it has something better."""
     directory = tmp_path / "existing"
     (directory / "deep").mkdir(parents=True)
-    (directory / "deep" / "thesis.txt").write_text("years of work")
+    (directory / "deep" / "weights").write_text("hours of work")
     (directory / "config.json").write_text("{}")
+    write_record(directory)
     return directory
 
 
 def is_untouched(existing: Path) -> bool:
     """Whether all is as the fixture left it, with nothing beside it."""
     files = [file.relative_to(existing.parent) for file in sorted(existing.parent.rglob("*"))]
-    names = ["existing", "existing/config.json", "existing/deep", "existing/deep/thesis.txt"]
+    inside = [".adapt-pruner.json", "config.json", "deep", "deep/weights"]
+    names = ["existing", *(f"existing/{name}" for name in inside)]
     return [str(file) for file in files] == names and (
-        existing / "deep" / "thesis.txt"
-    ).read_text() == "years of work"
+        existing / "deep" / "weights"
+    ).read_text() == "hours of work"
 
 
 def test_directory_appears_when_the_block_ends(tmp_path):
@@ -90,6 +94,7 @@ def test_overwriting_replaces_all_of_the_old_directory(existing):
 
 
 def test_old_directory_comes_back_when_the_new_one_cannot_take_its_place(existing, monkeypatch):
+    """Where names cannot be exchanged in one step."""
     replace = os.replace
 
     def failing(source, destination):
@@ -97,6 +102,7 @@ def test_old_directory_comes_back_when_the_new_one_cannot_take_its_place(existin
             raise OSError(errno.EIO, "Input/output error")
         replace(source, destination)
 
+    monkeypatch.setattr(durable, "exchange", lambda one, other: False)
     monkeypatch.setattr(os, "replace", failing)
     with (
         pytest.raises(WritingError, match=r"Input/output error.*unchanged"),
@@ -106,15 +112,140 @@ def test_old_directory_comes_back_when_the_new_one_cannot_take_its_place(existin
     assert is_untouched(existing)
 
 
-def test_link_is_followed(existing, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can")
+def test_names_are_exchanged_in_one_step(existing, monkeypatch):
+    """There is no moment without a directory of this name: it is never renamed away."""
+    monkeypatch.setattr(os, "replace", lambda *names: 1 / 0)
+    with atomic_directory(existing, overwrite=True) as partial:
+        (partial / "file").write_text("new")
+    assert [str(file) for file in existing.parent.rglob("*")] == [
+        str(existing), str(existing / "file"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_disk_holds_everything_before_the_name(tmp_path, monkeypatch, exchanges, overwrite):
+    """A file system may write a rename before the content; then a crash leaves empty files."""
+    events: list[tuple[str, str]] = []
+    fsync, replace, exchange = os.fsync, os.replace, durable.exchange
+
+    def noted_fsync(handle):
+        events.append(("flush", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        fsync(handle)
+
+    def noted_replace(source, destination):
+        events.append(("rename", Path(destination).name))
+        replace(source, destination)
+
+    def noted_exchange(one, other):
+        if exchanges:
+            events.append(("rename", Path(other).name))
+        return exchanges and exchange(one, other)
+
+    place = tmp_path / "out"
+    if overwrite:
+        place.mkdir()
+        (place / "old").touch()
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(durable, "exchange", noted_exchange)
+    with atomic_directory(place, overwrite=overwrite) as partial:
+        (partial / "deep").mkdir()
+        (partial / "deep" / "file").write_text("new")
+    named = events.index(("rename", "out"))
+    before = [name for what, name in events[:named] if what == "flush"]
+    assert before[:2] == ["file", "deep"]
+    assert ".partial-" in before[2]
+    assert ("flush", tmp_path.name) in events[named:]
+
+
+def test_old_directory_gets_its_name_back_after_a_kill_between_two_renames(existing, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(source, destination):
+        replace(source, destination)
+        raise Killed  # nothing is tidied up
+
+    replace = os.replace
+    monkeypatch.setattr(durable, "exchange", lambda one, other: False)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(os, "replace", killed)
+        durable.take_place(existing.parent, existing)
+    assert [file.name[:14] for file in existing.parent.iterdir()] == [".existing.old-"]
+    (existing.parent / ".existing.partial-0123abcd").mkdir()
+    with claimed(existing):
+        pass
+    assert is_untouched(existing)
+
+
+def test_leftovers_of_killed_runs_go(existing):
+    for what in ("old", "partial"):
+        (existing.parent / f".existing.{what}-0123abcd" / "deep").mkdir(parents=True)
+    with claimed(existing):
+        pass
+    assert is_untouched(existing)
+
+
+def test_leftovers_of_others_stay(existing):
+    beside = [".existing.old-backup", ".existing.partial", ".other.old-0123abcd", "existing.old"]
+    for name in beside:
+        (existing.parent / name).mkdir()
+    with claimed(existing):
+        pass
+    assert sorted(file.name for file in existing.parent.iterdir()) == sorted([*beside, "existing"])
+
+
+def test_directory_is_claimed_by_one(existing):
+    with (
+        claimed(existing),
+        pytest.raises(WritingError, match=r"Another run is at work in '.*existing'"),
+        claimed(existing),
+    ):
+        raise AssertionError("both may write")
+    with claimed(existing):
+        assert existing.is_dir()
+    assert is_untouched(existing)
+
+
+def test_claim_of_what_is_not_made_leaves_nothing(tmp_path):
+    with claimed(tmp_path / "a" / "b"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_link_is_not_followed(existing, tmp_path):
     home = tmp_path / "links"
     home.mkdir()
     (home / "link").symlink_to(existing)
-    with atomic_directory(home / "link", overwrite=True) as partial:
+    (home / "circle").symlink_to("circle")
+    for name in ("link", "circle"):
+        with (
+            pytest.raises(WritingError, match=r"is a link to .*name the directory itself"),
+            atomic_directory(home / name, overwrite=True),
+        ):
+            raise AssertionError("it is written")
+    with pytest.raises(WritingError, match="cannot be written"):
+        check_output(home / "circle" / "out", overwrite=True)
+    (home / "circle").unlink()
+    (home / "link").unlink()
+    home.rmdir()
+    assert is_untouched(existing)
+
+
+def test_link_above_is_followed(existing, tmp_path):
+    (tmp_path / "link").symlink_to(existing)
+    with atomic_directory(tmp_path / "link" / "new") as partial:
         (partial / "file").write_text("new")
-    assert (home / "link").is_symlink()
-    assert [file.name for file in existing.iterdir()] == ["file"]
-    assert [file.name for file in home.iterdir()] == ["link"]
+    assert (existing / "new" / "file").is_file()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 201, "é" * 120, "a\0b", "x/" * 5000])
+def test_name_that_no_disk_takes(tmp_path, name):
+    with pytest.raises(WritingError, match="cannot be written") as caught:
+        check_output(tmp_path / name, overwrite=True)
+    assert len(str(caught.value)) < 400
 
 
 def test_current_directory_can_be_written(tmp_path, monkeypatch):
@@ -233,22 +364,39 @@ def test_kill_in_the_middle_of_writing(llama, text_file, existing):
     process = start("kill", llama, text_file, existing)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    left = [file for file in existing.parent.iterdir() if file != existing]
-    assert [file.name.startswith(".existing.partial-") for file in left] == [True]
-    shutil.rmtree(left[0])
+    left = [file.name for file in existing.parent.iterdir() if file != existing]
+    assert sorted(name[:10] for name in left) == [".existing.", ".existing."]
+    with claimed(existing):  # as the next run does
+        pass
     assert is_untouched(existing)
 
 
-def test_interrupt_in_the_middle_of_writing(llama, text_file, existing):
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(signal.SIGINT, "Interrupted"), (signal.SIGTERM, "Stopped by SIGTERM")],
+)
+def test_interrupt_in_the_middle_of_writing(llama, text_file, existing, number, says):
     process = start("wait", llama, text_file, existing)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, messages = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert messages.strip() == "adapt-pruner: error: Interrupted; nothing was written."
+    assert process.returncode == 128 + number
+    assert messages.strip() == f"adapt-pruner: error: {says}; nothing was written."
     assert is_untouched(existing)
+
+
+def test_two_runs_into_one_directory(llama, text_file, tmp_path, cli):
+    first = start("wait", llama, text_file, tmp_path / "out")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "writing\n"
+    done = cli("prune", llama, "-o", tmp_path / "out", "--sparsity", 0.2)
+    assert done.status == 1
+    assert f"Another run is at work in '{tmp_path / 'out'}'" in done.err
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_that_grows_beyond_a_limit(llama, text_file, existing):
@@ -285,10 +433,38 @@ class TestCheckBeforeWork:
         assert "--overwrite" in message
         assert is_untouched(existing)
 
-    def test_only_models_are_replaced(self, cli, llama, existing):
-        message = self.refused(cli, llama, existing.parent, "--overwrite")
-        assert "holds something else than a model" in message
-        assert is_untouched(existing)
+    @pytest.mark.parametrize("name", ["thesis.txt", "deep/thesis.txt", "config.json", "link"])
+    def test_only_what_a_run_wrote_is_replaced(self, cli, llama, existing, name):
+        file = existing / name
+        if name == "link":
+            file.symlink_to(existing.parent)
+        else:
+            file.write_text("years of work")
+        message = self.refused(cli, llama, existing, "--overwrite")
+        assert "holds files that no run wrote, or that were changed since: " + name in message
+        assert file.is_symlink() or file.read_text() == "years of work"
+
+    def test_model_of_others_is_not_replaced(self, cli, llama, tmp_path):
+        shutil.copytree(llama, tmp_path / "copy")
+        message = self.refused(cli, llama, tmp_path / "copy", "--overwrite")
+        assert "holds files that no run wrote" in message
+        assert len(list((tmp_path / "copy").iterdir())) == len(list(llama.iterdir()))
+
+    @pytest.mark.parametrize("what", ["model", "calibration", "evaluate"])
+    def test_source_is_not_replaced(self, cli, llama, existing, text_file, what):
+        inside = {"model": existing, "calibration": existing / "t", "evaluate": existing / "t"}
+        shutil.copy(text_file, existing / "t")
+        write_record(existing)
+        model = existing if what == "model" else llama
+        more = () if what == "model" else (f"--{what}", inside[what])
+        message = self.refused(cli, model, existing, "--overwrite", *more)
+        assert f"'{inside[what]}' is read by this run and lies in '{existing}'" in message
+
+    @pytest.mark.parametrize("arguments", [("-o", ""), ("--output=",), ("-o", " ")])
+    def test_output_without_a_name(self, cli, llama, arguments):
+        done = cli("prune", llama, "--sparsity", 0.2, *arguments)
+        assert done.status == 2
+        assert "is empty" in done.err
 
     def test_demo_replaces_nothing_but_results(self, cli, existing):
         done = cli("demo", "-o", existing)
@@ -301,10 +477,10 @@ class TestCheckBeforeWork:
             # 91,558 parameters of four bytes are 366,232 bytes.
             shutil,
             "disk_usage",
-            lambda path: SimpleNamespace(free=366_231),
+            lambda path: SimpleNamespace(free=366_100),
         )
         message = self.refused(cli, llama, existing, "--overwrite")
-        assert "needs about 0.00 GB, but only 0.00 GB are free" in message
+        assert "needs about 366.2 kB, but only 366.1 kB are free" in message
         assert is_untouched(existing)
 
     def test_file_in_place_of_the_directory(self, cli, llama, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adapt_pruner import CalibrationData, load_calibration, make_settings, prune, replay
+from adapt_pruner import (
+    CalibrationData,
+    load_calibration,
+    load_model,
+    make_settings,
+    prune,
+    replay,
+)
+from adapt_pruner.data import formats
 from adapt_pruner.errors import (
     AdaptPrunerError,
     CalibrationError,
@@ -22,6 +31,7 @@ from adapt_pruner.errors import (
     LoadingError,
     UnsupportedModel,
 )
+from adapt_pruner.model.loading import load_tokenizer
 from conftest import character_tokenizer
 from picomodels import build
 
@@ -203,7 +213,7 @@ class TestOptions:
             ("--windows", -4, ("windows: ", "got -4")),
             ("--window-length", 1, ("window_length: ", "greater than or equal to 2; got 1")),
             ("--multiple", 0, ("multiple: ", "got 0")),
-            ("--ridge", 0, ("ridge: ", "greater than 0; got 0")),
+            ("--ridge", 0, ("ridge: ", "greater than or equal to 0.000000000001; got 0.0")),
             ("--amplitude", -1, ("amplitude: ", "got -1")),
             ("--seed", -1, ("seed: ", "got -1")),
             ("--micro-batch-size", 0, ("micro_batch_size: ", "got 0")),
@@ -330,8 +340,8 @@ class TestModel:
         ("text", "says"),
         [
             ("{}", "has no config.json with a model_type"),
-            ("{", "not a valid JSON file"),
-            ('{"model_type": "llama", "hidden_size": "x"}', "'hidden_size' expected int, got str"),
+            ("{", "is not valid JSON"),
+            ('{"model_type": "llama", "hidden_size": "x"}', "hidden_size must be a whole number"),
             ('{"model_type": "llama", "num_attention_heads": 0}', "cannot be read"),
             ('{"model_type": "llama", "num_attention_heads": 7}', "not a multiple of the number"),
             ('{"model_type": "llama", "hidden_act": "magic"}', "magic"),
@@ -340,7 +350,7 @@ class TestModel:
     def test_configuration(self, refuse, workplace, text, says):
         (workplace / "bad").mkdir()
         (workplace / "bad" / "config.json").write_text(text)
-        refuse(model="bad", says=("'bad'", says))
+        refuse(model="bad", says=("bad", says))
 
     def test_no_configuration(self, refuse, workplace):
         (workplace / "empty").mkdir()
@@ -393,6 +403,196 @@ class TestWeights:
             model=variant(workplace, intermediate_size=64),
             says=("weights of 'changed'", "shapes do not fit the config.json"),
         )
+
+    def test_layers_that_the_configuration_does_not_count(self, refuse, cli, workplace):
+        """Loaded with one layer less, the model would be another one, and nobody would know."""
+        model = variant(workplace, num_hidden_layers=2)
+        says = ("weights of 'changed' hold model.layers.2.", "has no place")
+        refuse(model=model, says=says)
+        for command in (("evaluate", model, "--text", "text.txt"), ("bench", model)):
+            assert "has no place" in cli(*command).err
+
+    def test_tensor_of_another_part(self, refuse, workplace):
+        model = variant(workplace, lambda weights: weights.update(extra=torch.ones(2)))
+        refuse(model=model, says=("weights of 'changed' hold extra", "has no place"))
+
+    def test_tensors_that_no_model_needs(self, cli, workplace):
+        """Of old checkpoints: rotary frequencies, which follow from the configuration."""
+
+        def add(weights):
+            weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+        assert load_model(variant(workplace, add)).config.num_hidden_layers == 3
+
+    @pytest.mark.parametrize(
+        "name", ["../llama/model.safetensors", "/etc/passwd", "a/b", "..", "", 7, ["a"]]
+    )
+    def test_index_that_leads_elsewhere(self, refuse, workplace, name):
+        model = variant(workplace, without=("model.safetensors",))
+        weights = load_file(workplace / "llama" / "model.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        (workplace / model / "model.safetensors.index.json").write_text(json.dumps(index))
+        says = ("model.safetensors.index.json' names the file", "must lie beside it")
+        refuse(model=model, says=says)
+
+    def test_class_of_another_architecture(self, refuse, cli, workplace):
+        model = variant(workplace, architectures=["GPT2LMHeadModel"])
+        says = ("says architectures 'GPT2LMHeadModel'", "is LlamaForCausalLM", "do not belong")
+        refuse(model=model, says=says)
+        assert says[0] in cli("evaluate", model, "--text", "text.txt").err
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("num_hidden_layers", 10**7),
+            ("num_hidden_layers", 0),
+            ("num_hidden_layers", -1),
+            ("num_hidden_layers", 1.5),
+            ("hidden_size", 10**12),
+            ("head_dim", "x"),
+            ("vocab_size", True),
+            ("intermediate_size", [10**9]),
+        ],
+    )
+    def test_size_that_no_model_has(self, refuse, workplace, key, value):
+        model = variant(workplace, **{key: value})
+        refuse(model=model, says=("configuration of 'changed'", f"{key} must be a whole number"))
+
+    def test_speed_of_damaged_weights_is_not_measured(self, cli, workplace):
+        def spoil(weights):
+            weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+
+        done = cli("bench", variant(workplace, spoil))
+        assert done.status == 1
+        assert "mlp.up_proj.weight of 'changed' holds NaN or infinity" in done.err
+
+    def test_type_that_is_not_known_is_not_said_to_be_unprunable(self, cli, workplace):
+        model = of_type(workplace, "lama")
+        for command in (("evaluate", model, "--text", "text.txt"), ("bench", model)):
+            said = cli(*command).err
+            assert "type 'lama' is not known to transformers. Did you mean 'llama'?" in said
+            assert "cannot be pruned" not in said
+        said = cli("inspect", of_type(workplace, "vit")).err
+        assert "inspect shows what can be cut, and here nothing can: " in said
+
+
+class TestSilence:
+    """What would run, and mean something else than its user thinks."""
+
+    def test_multiple_that_cuts_no_neuron(self, refuse):
+        for multiple in (96, 1_000_000):
+            says = ("multiple: the widest MLP has 96 neurons", "none could be cut")
+            refuse("--multiple", multiple, says=says)
+
+    @pytest.mark.parametrize("option", ["--evaluate", "--calibration", "--recipe", "--device"])
+    @pytest.mark.parametrize("value", ["", "  "])
+    def test_empty_value(self, refuse, option, value):
+        refuse(option, value, says=f"The argument after {option} is empty", status=2)
+
+    def test_empty_value_in_a_recipe(self, refuse, workplace):
+        for key, says in (("evaluate", "evaluate is empty"), ("calibration", "calibration: ")):
+            (workplace / "recipe.yaml").write_text(f"{key}: ''")
+            flags = () if key == "evaluate" else ("--calibration", "text.txt")
+            if not flags:
+                refuse("--recipe", "recipe.yaml", says=says)
+            with pytest.raises(InvalidSettings, match="at least 1 character"):
+                make_settings(calibration="")
+
+    @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1", "1e9", "x"])
+    @pytest.mark.parametrize("option", ["--max-hours", "--gpu-tflops"])
+    def test_limit_that_is_none(self, cli, workplace, option, value):
+        done = cli("accel", "llama", "-o", "out", option, value)
+        assert done.status == 2
+        assert option in done.err
+        assert not (workplace / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("limit", "says"),
+        [
+            ("1e-300", "less than one"),
+            ("0.001", "less than one"),
+            ("1.5", "whole number of items"),
+            ("nan", "finite number"),
+            ("1e300", "less than or equal to"),
+        ],
+    )
+    def test_limit_that_takes_nothing(self, cli, workplace, limit, says):
+        done = cli("evaluate", "llama", "--text", "text.txt", "--limit", limit, "--window", 16)
+        assert done.status == 1
+        assert "limit: " in done.err
+        assert says in done.err
+
+    def test_answers_of_plain_text(self, cli, workplace):
+        done = cli(
+            "accel", "llama", "-o", "out", "--data", "text.txt", "--tokens", 512, "--alpha", 0,
+            "--sequence-length", 16, "--batch-tokens", 64, "--loss-on", "answers", "--sparsity",
+            0.2, "--calibration", "text.txt", "--windows", 4, "--window-length", 12, "--repeat",
+        )  # fmt: skip
+        assert done.status == 1
+        assert "loss_on: the data are plain text, without answers" in done.err
+
+    def test_demo_is_silent_before_it_refuses(self, cli, workplace):
+        done = cli("demo", "-o", "out", "--sparsity", 2)
+        assert done.status == 1
+        assert done.out == ""
+        assert "got 2" in done.err
+
+
+class TestPlaces:
+    """Outputs that are no ordinary files."""
+
+    @pytest.mark.parametrize("kind", ["pipe", "link", "thesis", "long"])
+    def test_file_that_is_not_replaced(self, cli, workplace, kind):
+        place = workplace / ("a" * 300 if kind == "long" else "out.json")
+        if kind == "pipe":
+            os.mkfifo(place)
+        elif kind == "link":
+            (workplace / "thesis").write_text("years of work")
+            place.symlink_to("thesis")
+        elif kind == "thesis":
+            place.write_text("years of work")
+        for command in (("inspect", "llama", "--json"), ("report", "llama", "-o")):
+            done = cli(*command, place)
+            assert done.status == 1
+            assert done.err.startswith("adapt-pruner: error: ")
+            assert "Unexpected" not in done.err
+        if kind in ("link", "thesis"):
+            assert place.read_text() == "years of work"
+        if kind == "pipe":
+            assert place.is_fifo()
+
+    def test_results_are_replaced(self, cli, workplace):
+        for _ in range(2):
+            assert cli("inspect", "llama", "--json", "out.json").status == 0
+
+    @pytest.mark.parametrize("name", ["/dev/zero", "pipe", "circle"])
+    def test_input_without_an_end(self, cli, workplace, name):
+        os.mkfifo(workplace / "pipe")
+        (workplace / "circle").symlink_to("circle")
+        for command in (
+            ("prune", "llama", "-o", "out", "--sparsity", 0.2, "--recipe", name),
+            ("prune", "llama", "-o", "out", "--sparsity", 0.2, "--calibration", name),
+            ("prune", name, "-o", "out", "--sparsity", 0.2),
+            ("compare", "llama", "-o", "out", "--evaluate", "text.txt", "--variants", name),
+            ("report", name),
+        ):
+            done = cli(*command)
+            assert done.status == 1, command
+            assert "Unexpected" not in done.err
+            assert "Out of memory" not in done.err
+        assert not (workplace / "out").exists()
+
+    def test_template_that_loops(self, cli, workplace, monkeypatch):
+        monkeypatch.setattr(formats, "TEMPLATE_SECONDS", 0.2)
+        (workplace / "loop.jinja").write_text(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        )
+        (workplace / "chat.jsonl").write_text(
+            json.dumps({"messages": [{"role": "user", "content": "a"}]})
+        )
+        template = formats.ChatTemplate(load_tokenizer("llama"), "loop.jinja", mark_answers=False)
+        with pytest.raises(formats.TemplateRefusal, match=r"longer than 0\.2 s"):
+            template.document([{"role": "user", "content": "a"}])
 
 
 class TestTokenizer:
@@ -452,17 +652,19 @@ class TestCalibration:
         refuse(calibration="short.txt", says=says)
 
     @pytest.mark.parametrize(
-        ("name", "text"),
+        ("name", "text", "says"),
         [
-            ("bad.jsonl", '{"text": "abc"}\n{"text": "abc\n'),
-            ("bad.jsonl", "no json at all\n"),
-            ("bad.json", "{"),
-            ("bad.parquet", "no parquet at all"),
+            ("bad.jsonl", '{"text": "abc"}\n{"text": "abc\n', "line 2 is not valid JSON"),
+            ("bad.jsonl", "no json at all\n", "line 1 is not valid JSON"),
+            ("bad.json", "{", "line 1 is not valid JSON"),
+            ("bad.json", "[1", "is not valid JSON"),
+            ("bad.json", "[1]", "record 1 must be an object"),
+            ("bad.parquet", "no parquet at all", "is no parquet file that can be read"),
         ],
     )
-    def test_malformed(self, refuse, workplace, name, text):
+    def test_malformed(self, refuse, workplace, name, text, says):
         (workplace / name).write_text(text)
-        refuse(calibration=name, says=(f"'{name}' cannot be read: ", "Correct the file"))
+        refuse(calibration=name, says=(f"'{name}' ", says))
 
     def test_malformed_file_among_others_is_named(self, refuse, workplace):
         data = workplace / "data"
@@ -470,7 +672,7 @@ class TestCalibration:
         (data / "a.jsonl").write_text('{"text": "abc"}\n' * 3)
         (data / "b.jsonl").write_text('{"text": "abc"}\n{"text": "abc\n')
         (data / "c.jsonl").write_text('{"text": "abc"}\n' * 3)
-        refuse(calibration="data", says="'data/b.jsonl' cannot be read: ")
+        refuse(calibration="data", says="'data/b.jsonl' line 2 is not valid JSON")
 
     def test_missing_column(self, refuse, workplace):
         (workplace / "data.jsonl").write_text('{"content": "abc", "id": 1}\n')
@@ -498,8 +700,7 @@ class TestCalibration:
     def test_existing_result_survives(self, refuse, workplace):
         (workplace / "out").mkdir()
         (workplace / "out" / "thesis.txt").write_text("years of work")
-        (workplace / "out" / "config.json").write_text("{}")
-        refuse("--overwrite", calibration="no.txt", says="'no.txt'")
+        refuse("--overwrite", calibration="no.txt", says="that no run wrote")
 
 
 class TestPython:

@@ -398,6 +398,12 @@ class TestPortable:
     def portable(self, readings) -> Path:
         return readings["home"] / "portable" / "llama"
 
+    def test_imports_what_is_private_in_transformers_only_where_it_must(self, readings):
+        place = readings["home"] / "portable"
+        texts = {file.parent.name: file.read_text() for file in place.glob("*/modeling_*.py")}
+        needing = {name for name, text in texts.items() if "conversion_mapping" in text}
+        assert needing == {"gpt_neox"}
+
     def test_loads_with_the_package_imported(self, portable, readings):
         for trust in (True, False):
             loaded = reload(portable, trust_remote_code=trust)

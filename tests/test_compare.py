@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import re
+import shutil
 
 import pytest
 import yaml
@@ -13,15 +15,11 @@ import yaml
 from adapt_pruner.comparison import grid
 from adapt_pruner.comparison.grid import Cell, CellResult, Comparison, ComparisonRequest
 from adapt_pruner.comparison.picture import pareto_front
-from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex
-from adapt_pruner.comparison.variants import (
-    VARIANTS,
-    Variant,
-    make_variants,
-    parse_sweep,
-)
-from adapt_pruner.errors import InvalidSettings, NonFiniteError
+from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex, escape_markdown
+from adapt_pruner.comparison.variants import VARIANTS, Variant, make_variants, parse_sweep
+from adapt_pruner.errors import InvalidSettings, NonFiniteError, WritingError
 from adapt_pruner.evaluation import Evaluation, Score
+from adapt_pruner.evaluation import store as stored
 from adapt_pruner.methods import make_settings
 from adapt_pruner.settings import EvaluationSettings
 
@@ -80,7 +78,7 @@ class TestArithmetic:
             "| method | 0% | 20% | 40% | s per run |",
             "| --- | --- | --- | --- | --- |",
             "| dense | 3.00 |  |  |  |",
-            "| a_1 |  | **5.50 ± 2.12** | 1,234 (n=1) | 2.3 |",
+            r"| a\_1 |  | **5.50 ± 2.12** | 1,234 (n=1) | 2.3 |",
             r"| b\|2 |  | 6.00 ± 0.00 | – | 2.5 |",
         ]
 
@@ -106,7 +104,7 @@ class TestArithmetic:
             "| method | sparsity | text.txt token perplexity | PIQA |",
             "| --- | --- | --- | --- |",
             "| dense | 0% | 3.00 | 80.00 |",
-            "| a_1 | 20% | **5.00 (n=1)** | 50.00 (n=1) |",
+            r"| a\_1 | 20% | **5.00 (n=1)** | 50.00 (n=1) |",
             r"| b\|2 | 20% | 6.00 (n=1) | **75.00 (n=1)** |",
         ]
 
@@ -133,7 +131,7 @@ class TestArithmetic:
     def test_errors_are_told(self, two):
         cell = Cell(B, 0.4, 0)
         two.comparison.results.append(CellResult(cell, 600, 0.0, [], error="it is NaN."))
-        assert "No result for b|2, 0.4, seed 0: it is NaN." in two.markdown()
+        assert r"No result for b\|2, 0.4, seed 0: it is NaN." in two.markdown()
 
     @pytest.mark.parametrize(
         ("higher", "front"), [(False, [(1, 9), (2, 5)]), (True, [(1, 9), (4, 10)])]
@@ -232,6 +230,30 @@ class TestRuns:
         assert values(again) == values(first)
         assert all(result.was_cached for result in again.results)
 
+    def test_other_code_computes_anew(self, request_of, store, pruned, monkeypatch):
+        request = request_of(seeds=[0])
+        first = grid.compare(request, store)
+        of_modules = grid.code.of_modules
+        changed = [grid.code.TEXT]
+        monkeypatch.setattr(
+            grid.code, "of_modules", lambda r: "x" if r in changed else of_modules(r)
+        )
+        measured = grid.compare(request, store)
+        assert not any(result.was_cached for result in measured.results)
+        assert values(measured) == values(first)
+        count = len(pruned)
+        changed.append(grid.code.PRUNING)
+        grid.compare(request, store)
+        assert len(pruned) == count + 2
+
+    def test_figures_of_several_commits_are_told(self, request_of, store, monkeypatch):
+        monkeypatch.setattr(stored, "git_hash", lambda: "0123456789")
+        first = grid.compare(request_of(seeds=[0]), store)
+        assert "commits" not in " ".join(Tables(first).notes())
+        monkeypatch.setattr(stored, "git_hash", lambda: "abcdefabcd-dirty")
+        notes = " ".join(Tables(grid.compare(request_of(), store)).notes())
+        assert "at 2 commits (0123456, abcdefa-dirty)" in notes
+
     def test_same_figure_as_evaluate_gives(self, request_of, store, tmp_path):
         from adapt_pruner.evaluation import evaluate
 
@@ -308,12 +330,24 @@ class TestRuns:
         assert saved["settings"]["windows"] == 4
         assert values(third) == values(first) != values(second)
 
-    def test_damaged_model_is_replaced(self, request_of, store, tmp_path, pruned):
+    def test_names_with_markup_are_shown_as_they_are(self):
+        name = "<img src=x onerror=alert(1)>_*[a](http://b)*_`c`\n# d"
+        shown = escape_markdown(name)
+        assert "<img" not in shown.replace(r"\<", "")
+        assert "\n" not in shown
+        assert re.sub(r"\\(.)", r"\1", shown) == name.replace("\n", " ")
+
+    def test_changed_model_is_kept_and_a_missing_one_made_again(
+        self, request_of, store, tmp_path, pruned
+    ):
         asked = request_of(save_to=tmp_path / "models", seeds=[0])
         grid.compare(asked, store)
         weights = tmp_path / "models" / "best-0.3-seed0" / "model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:100])
+        with pytest.raises(WritingError, match=r"changed since: model\.safetensors"):
+            grid.compare(asked, store)
+        shutil.rmtree(weights.parent)
         grid.compare(asked, store)
         assert weights.read_bytes() == whole
         assert len(pruned) == 3
@@ -378,7 +412,7 @@ class TestCommand:
             (["--sparsities", "0.2,0.99"], "below what is possible"),
             (["--seeds", "0"], "--seeds"),
             (["--vary", "amplitude=x", "--methods", "paper"], "Method 'paper': amplitude:"),
-            (["--variants", "absent.yaml"], "Variants 'absent.yaml' cannot be read"),
+            (["--variants", "absent.yaml"], "There is no variants file 'absent.yaml'"),
             (["--window-length", "4000"], "window_length: the model reads at most"),
             (["--suite", "common"], "common"),
             (["--device", "cuda:77"], "device: 'cuda:77' is not available"),

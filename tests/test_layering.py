@@ -12,7 +12,8 @@ import adapt_pruner
 ROOT = Path(adapt_pruner.__file__).parent
 
 LAYERS = [
-    {"errors", "figures", "registry", "files", "cache"},
+    {"errors", "figures", "registry", "files", "cache", "claims", "durable", "limits", "parsing"}
+    | {"precision", "processes"},
     {"model"},
     {"data", "score"},
     {"allocate"},

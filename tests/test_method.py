@@ -170,7 +170,9 @@ def test_mlp_widths_stay_multiples(preset, multiple):
     target, _ = prune(model, 0.35, preset, multiple=multiple)
     assert 0 <= target - model.num_parameters() < min(multiple * NEURON, 48 * 64 + 32)
     assert all(width % multiple == 0 and width > 0 for width in widths(model))
-    assert len(set(widths(model))) > 1 or multiple == 32
+    # The paper's rule takes one block of 32 of each layer; all others leave layers that differ.
+    assert (set(widths(model)) == {64}) == ((preset, multiple) == ("paper", 32))
+    assert (len(set(widths(model))) > 1) == ((preset, multiple) != ("paper", 32))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -221,7 +221,7 @@ class TestRows:
         ("name", "content", "says"),
         [
             ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "'{}' line 3 is not valid JSON"),
-            ("a.jsonl", b'{"text": "a"}\n"a"\n', "'{}' line 2 must be an object such as .*got \"a"),
+            ("a.jsonl", b'{"text": "a"}\n"a"\n', "'{}' line 2 must be an object such as .*got 'a"),
             ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "'{}' line 2 is not UTF-8"),
             ("a.json", b'[{"text": "a"}, {"text"]', "'{}' is not valid JSON: .*line 1 column 24"),
             ("a.json", b'[{"text": "a"}, 3]', "'{}' record 2 must be an object .*got 3"),
@@ -426,7 +426,7 @@ class TestChat:
             template.document(DIALOGUE)
 
     def test_template_that_does_not_exist(self):
-        with pytest.raises(DataError, match=r"Chat template 'no\.jinja' cannot be read"):
+        with pytest.raises(DataError, match=r"no chat template file 'no\.jinja'"):
             with_template(None, default="no.jinja")
 
 

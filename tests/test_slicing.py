@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.model.edits import cut
+from masking import mask
 from picomodels import (
     INTERMEDIATE_SIZE,
     NUM_HEADS,
@@ -27,63 +28,35 @@ from picomodels import (
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
+WIDTHS = {"kv-groups": [1, 3, 2], "neurons": [37, 64, 11]}
+
+
+def width_axes(anatomy):
+    return anatomy.of_kinds(WIDTHS)
+
+
 def random_keep(anatomy, seed=0):
-    """Masks that keep a different number of units in every group, at least one."""
+    """Masks that keep a different number of KV groups and neurons in every layer, at least one."""
     generator = torch.Generator().manual_seed(seed)
     keep = {}
-    for group in anatomy.groups:
-        count = [1, 3, 2][group.layer] if group.kind == "attention" else [37, 64, 11][group.layer]
-        kept = torch.randperm(group.num_units, generator=generator)[:count]
-        keep[group.key] = torch.zeros(group.num_units, dtype=torch.bool)
-        keep[group.key][kept] = True
+    for axis in width_axes(anatomy):
+        kept = torch.randperm(axis.num_units, generator=generator)[: WIDTHS[axis.kind][axis.layer]]
+        keep[axis.key] = torch.zeros(axis.num_units, dtype=torch.bool)
+        keep[axis.key][kept] = True
     return keep
-
-
-@torch.no_grad()
-def mask(model, keep):
-    """Silence units of a full model by zeros, without asking the anatomy where they are.
-
-    A neuron is silent if down_proj ignores it. A KV group is silent if its value head is zero:
-    transformers itself decides which query heads read that value.
-    """
-    anatomy = find_anatomy(model)
-    names = anatomy.architecture
-    for (i, kind), keep_U in keep.items():
-        layer = anatomy.layers[i]
-        if kind == "mlp":
-            layer.get_submodule(names.mlp_output).weight[:, ~keep_U] = 0
-            continue
-        attention = layer.get_submodule(names.attention)
-        num_kv, head_dim = len(keep_U), attention.head_dim
-        values = attention.get_submodule(names.qkv[-1])
-        for tensor in (values.weight, values.bias):
-            if tensor is not None:  # the value rows come last in a fused projection
-                tensor[-num_kv * head_dim :].unflatten(0, (num_kv, head_dim))[~keep_U] = 0
-        if names.wide_norms:
-            _leave_out_of_wide_norms(attention, keep_U)
-
-
-def _leave_out_of_wide_norms(attention, keep_U):
-    """q_norm and k_norm of OLMo 2 and 3 divide by the root mean square over all heads. With masked
-    heads at zero that mean still counts them, so it is kept / total of the mean over the heads
-    that stay; weights of sqrt(kept / total) times their size make up for it."""
-    for projection, norm in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
-        linear, weight = getattr(attention, projection), getattr(attention, norm).weight
-        for tensor in (linear.weight, linear.bias):
-            tensor.unflatten(0, (len(keep_U), -1))[~keep_U] = 0
-        weight *= keep_U.double().mean().sqrt()
 
 
 def widths_of(anatomy, keep):
     """Widths per layer that `keep` leaves."""
     widths = [{} for _ in anatomy.layers]
-    for group in anatomy.groups:
-        left = int(keep[group.key].sum())
-        if group.kind == "attention":
-            widths[group.layer]["num_key_value_heads"] = left
-            widths[group.layer]["num_attention_heads"] = left * group.heads_per_unit
+    for axis in width_axes(anatomy):
+        left = int(keep[axis.key].sum())
+        if axis.kind == "kv-groups":
+            heads = anatomy.widths[axis.layer]["num_attention_heads"] // axis.num_units
+            widths[axis.layer]["num_key_value_heads"] = left
+            widths[axis.layer]["num_attention_heads"] = left * heads
         else:
-            widths[group.layer]["intermediate_size"] = left
+            widths[axis.layer]["intermediate_size"] = left
     return widths
 
 
@@ -94,7 +67,7 @@ def pruned(request):
     model = deepcopy(full)
     anatomy = find_anatomy(model)
     keep = random_keep(anatomy)
-    cut(model, anatomy, keep)
+    cut(model, keep)
     return full, model, keep
 
 
@@ -151,7 +124,7 @@ def test_generation_with_a_cache_equals_generation_without(pruned):
 def test_the_cut_counts_parameters_exactly(pruned):
     full, model, keep = pruned
     anatomy = find_anatomy(full)
-    gone = sum(int((~keep[group.key]).sum()) * group.unit_cost for group in anatomy.groups)
+    gone = sum(int((~keep[axis.key]).sum()) * axis.unit_cost for axis in width_axes(anatomy))
     assert model.num_parameters() == full.num_parameters() - gone
 
 
@@ -163,7 +136,7 @@ TOKENS = random_tokens()
 def masks(draw):
     keep = {}
     for layer in range(NUM_LAYERS):
-        for kind, width in (("attention", NUM_KV_HEADS), ("mlp", INTERMEDIATE_SIZE)):
+        for kind, width in (("kv-groups", NUM_KV_HEADS), ("neurons", INTERMEDIATE_SIZE)):
             if draw(st.booleans(), label=f"cut {kind} of layer {layer}"):
                 units = st.lists(st.booleans(), min_size=width, max_size=width)
                 keep[layer, kind] = torch.tensor(draw(units.filter(any)))
@@ -174,7 +147,7 @@ def masks(draw):
 @settings(max_examples=30, deadline=None)
 def test_slicing_equals_masking_for_any_masks(keep):
     sliced, masked = deepcopy(LLAMA), deepcopy(LLAMA)
-    cut(sliced, find_anatomy(sliced), keep)
+    cut(sliced, keep)
     mask(masked, keep)
     torch.testing.assert_close(logits_of(sliced, TOKENS), logits_of(masked, TOKENS), **CLOSE)
 
@@ -185,7 +158,7 @@ def test_parameters_keep_their_identity_and_cut_ones_lose_their_gradient():
     before = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in before.items()}
     anatomy = find_anatomy(model)
-    cut(model, anatomy, random_keep(anatomy))
+    cut(model, random_keep(anatomy))
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
@@ -202,9 +175,9 @@ def test_cutting_twice_equals_cutting_once():
     # First keep every unit of `both` and the even ones, then only those of `both`.
     first = {key: keep_U | (torch.arange(len(keep_U)) % 2 == 0) for key, keep_U in both.items()}
     second = {key: both[key][first[key]] for key in both}
-    anatomy = cut(twice, find_anatomy(twice), first)
-    cut(twice, anatomy, second)
-    cut(once, find_anatomy(once), both)
+    cut(twice, first)
+    cut(twice, second)
+    cut(once, both)
     assert once.config.to_dict() == twice.config.to_dict()
     for (name, one), (_, two) in zip(
         once.named_parameters(), twice.named_parameters(), strict=True
@@ -214,14 +187,16 @@ def test_cutting_twice_equals_cutting_once():
 
 
 def keep_first(anatomy, kv_groups, neurons):
-    count = {"attention": kv_groups, "mlp": neurons}
-    return {g.key: torch.arange(g.num_units) < count[g.kind] for g in anatomy.groups}
+    count = {"kv-groups": kv_groups, "neurons": neurons}
+    return {
+        axis.key: torch.arange(axis.num_units) < count[axis.kind] for axis in width_axes(anatomy)
+    }
 
 
 @pytest.mark.parametrize("model_type", PICO)
 def test_equal_layers_give_a_plain_configuration(model_type):
     model = build(model_type)
-    cut(model, find_anatomy(model), keep_first(find_anatomy(model), 2, 40))
+    cut(model, keep_first(find_anatomy(model), 2, 40))
     assert not model.config.is_heterogeneous
     assert "per_layer_config" not in model.config.to_dict()
     assert model.config.intermediate_size == 40
@@ -232,7 +207,7 @@ def test_equal_layers_give_a_plain_configuration(model_type):
 
 def test_head_counts_that_a_plain_configuration_refuses_are_said_per_layer():
     model = build("llama")  # 6 heads do not divide the hidden size of 64
-    cut(model, find_anatomy(model), keep_first(find_anatomy(model), 3, 40))
+    cut(model, keep_first(find_anatomy(model), 3, 40))
     assert model.config.intermediate_size == 40
     assert [c.num_attention_heads for c in model.config.per_layer_config] == [6] * NUM_LAYERS
     assert [c.num_key_value_heads for c in model.config.per_layer_config] == [3] * NUM_LAYERS
@@ -240,9 +215,9 @@ def test_head_counts_that_a_plain_configuration_refuses_are_said_per_layer():
 
 def test_layers_made_equal_again_give_a_plain_configuration():
     model = build("qwen3")
-    anatomy = cut(model, find_anatomy(model), random_keep(find_anatomy(model)))
+    anatomy = cut(model, random_keep(find_anatomy(model)))
     assert model.config.is_heterogeneous
-    cut(model, anatomy, keep_first(anatomy, 1, 8))
+    cut(model, keep_first(anatomy, 1, 8))
     assert not model.config.is_heterogeneous
     fresh = AutoModelForCausalLM.from_config(model.config).double().eval()
     fresh.load_state_dict(model.state_dict())
@@ -251,7 +226,7 @@ def test_layers_made_equal_again_give_a_plain_configuration():
 
 def test_a_later_choice_of_attention_reaches_the_cut_layers():
     model = build("llama")
-    anatomy = cut(model, find_anatomy(model), random_keep(find_anatomy(model)))
+    anatomy = cut(model, random_keep(find_anatomy(model)))
     expected = logits_of(model, TOKENS)
     model.set_attn_implementation("eager")
     output = model(input_ids=TOKENS, output_attentions=True)

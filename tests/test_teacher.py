@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 
 from adapt_pruner.errors import InvalidSettings, WritingError
 from adapt_pruner.methods import make_settings
-from adapt_pruner.recovery import materials, teacher
-from adapt_pruner.recovery.materials import gather, make_teacher
+from adapt_pruner.recovery import materials, teacher, teaching
+from adapt_pruner.recovery.materials import gather
 from adapt_pruner.recovery.objective import Teaching
 from adapt_pruner.recovery.plan import plan_accel
 from adapt_pruner.recovery.request import AccelListener, AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
+from adapt_pruner.recovery.teaching import make_teacher
 from conftest import character_tokenizer
 from picomodels import build
 
@@ -138,9 +139,10 @@ def test_processes_share_the_shards_and_go_on_with_missing_ones(request_, tmp_pa
 def test_source_model_teaches_without_being_read_again(request_, tmp_path, monkeypatch):
     names = []
     original = materials.load_model
-    monkeypatch.setattr(
-        materials, "load_model", lambda name, *a, **k: names.append(name) or original(name, *a, **k)
-    )
+    for place in (materials, teaching):
+        monkeypatch.setattr(
+            place, "load_model", lambda name, *a, **k: names.append(name) or original(name, *a, **k)
+        )
     found = gather(request_, Accelerator(cpu=True), AccelListener())
     make_teacher(request_, found, tmp_path, AccelListener())
     assert names == [request_.model]

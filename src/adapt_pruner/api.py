@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from .allocate.target import resolve_target
 from .data import CalibrationData, load_calibration
-from .errors import InvalidSettings, LoadingError, UnsupportedModel
+from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
+from .files import read_json
 from .methods import PruningStep, Work, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
-from .model.edits import Edit, Keep, edit_of
+from .model.edits import Edit, edit_of
 from .model.history import History
-from .model.loading import read_json
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
 from .settings import PruneSettings
 
@@ -42,7 +42,6 @@ def prune(
     preset: str | None = None,
     listener: Listener | None = None,
     group: Any = None,
-    decide: Callable[[Keep], Keep] = lambda keep: keep,
     **overrides: Any,
 ) -> PruningResult:
     """Make `model` smaller, in place, to exactly the size named.
@@ -57,9 +56,9 @@ def prune(
         settings: all settings at once; or a `preset` and single settings as keywords, `method`
             among them.
         listener: hears of progress.
-        group: processes (torch.distributed) that prune the same model and share the calibration
-            windows; default: this one alone, whatever else runs.
-        decide: with a `group`, makes all of them keep the same units.
+        group: processes of torch.distributed that each hold the whole model and all make this call:
+            they share the calibration windows, the first one decides, and all end with the same
+            weights. Default: this process alone, whatever else is initialised.
 
     Raises:
         AdaptPrunerError: one of its kinds, before anything is changed, except for non-finite
@@ -84,7 +83,7 @@ def prune(
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = calibration_for(model, tokenizer, settings)
-    work = Work(model, calibration, (target,), settings, group=group, decide=decide)
+    work = Work(model, calibration, (target,), settings, group=group)
     return next(prune_to_sizes(work, tokenizer, listener))
 
 
@@ -106,11 +105,13 @@ def prune_to_sizes(
 
     work.on_progress, work.on_edit = listener.on_progress, on_edit
     listener.on_start(before.total, work.targets[-1])
+    layers = list(history.layers)
     for step in method_named(work.settings.method).run(work):
         anatomy = step.anatomy
         if step.step > len(steps):
-            steps.append(StepRecord.of(step))
+            steps.append(StepRecord.of(step, layers, len(widths_before)))
             listener.on_step(step)
+            layers = list(history.layers)
         if step.target is not None:
             yield PruningResult(
                 model=model,
@@ -181,7 +182,7 @@ def replay(model: nn.Module, record: str | Path | dict[str, Any]) -> None:
         path = Path(record)
         record = read_json(path / PRUNING_FILE if path.is_dir() else path)
     if not isinstance(record, dict):
-        raise LoadingError(f"The record of a pruning must be a JSON object; got {record!r:.60}.")
+        raise LoadingError(f"The record of a pruning must be a JSON object; got {shown(record)}.")
     for edit in [edit_of(entry) for entry in edits_of_record(record)]:
         check_fits(edit, find_anatomy(model))
         edit.apply(model)
@@ -192,11 +193,16 @@ def edits_of_record(record: dict[str, Any]) -> list[dict[str, Any]]:
     if record.get("format") == 2:
         return record.get("edits", [])
     kinds = {"attention": "kv-groups", "mlp": "neurons"}
-    axes = {
-        f"{layer}/{kinds[kind]}": entry
-        for layer, entries in record.get("layers", {}).items()
-        for kind, entry in entries.items()
-    }
+    try:
+        axes = {
+            f"{layer}/{kinds[kind]}": entry
+            for layer, entries in record["layers"].items()
+            for kind, entry in entries.items()
+        }
+    except (KeyError, AttributeError, TypeError):
+        raise LoadingError(
+            f"The record of a pruning is damaged, or of an unknown format: {shown(record)}."
+        ) from None
     return [{"edit": "cut", "axes": axes}]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import WritingError
+from .claims import check_replaceable, write_record
 from .files import atomic_directory, check_output, write_json
 from .model import portable as portable_file
 from .result import PRUNING_FILE, PruningResult
@@ -32,18 +33,21 @@ def save_result(
     Args:
         portable: add a modelling file and `auto_map` for readers who do not import this package
             (not needed, and not written, where all layers are equal).
-        overwrite: replace a model directory that exists.
+        overwrite: replace a directory that a run wrote.
         recipe: what to store as the recipe; default: the settings and target.
         name: what the model card calls the model; default: the directory's name.
 
     Raises:
-        WritingError: if the directory exists, or cannot be written.
+        WritingError: if the directory exists, or holds what may not be replaced, or cannot be
+            written.
     """
     from .report import write_account
 
     directory = Path(directory).expanduser()
-    check_place(directory, overwrite)
     model = result.model
+    check_place(
+        directory, overwrite, sources=[getattr(model.config, "_name_or_path", None) or None]
+    )
     with atomic_directory(directory, overwrite) as partial:
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         for weights in partial.glob("*.safetensors"):  # written for their owner alone
@@ -61,16 +65,21 @@ def save_result(
         }
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
         write_account(partial, name or directory.name, result)
+        write_record(partial)
     return directory
 
 
-def check_place(directory: Path, overwrite: bool, needed_bytes: int = 0) -> None:
+def check_place(
+    directory: Path,
+    overwrite: bool,
+    needed_bytes: int = 0,
+    sources: Iterable[str | Path | None] = (),
+) -> None:
     """Raise WritingError now if a model could not be written to `directory` later. What is replaced
-    must be a model: not a home directory, whatever `overwrite` says."""
+    must be what a run wrote and no other file, whatever `overwrite` says.
+
+    Args:
+        sources: names of what the run reads; those that are files must not be in `directory`.
+    """
     check_output(directory, overwrite, needed_bytes)
-    place = directory.expanduser()
-    if place.is_dir() and any(place.iterdir()) and not (place / "config.json").is_file():
-        raise WritingError(
-            f"'{directory}' holds something else than a model (there is no config.json in it), and "
-            "is not replaced. Name another directory."
-        )
+    check_replaceable(directory, sources)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-import secrets
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import AdaptPrunerError, WritingError
+from .durable import hidden_beside, replace_file, take_place
+from .errors import AdaptPrunerError, Interrupted, LoadingError, WritingError, shown
+from .figures import in_bytes
+from .parsing import ParsingError, parse_json, parse_yaml
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -28,9 +31,9 @@ def write_json_atomically(file: Path, content: Any) -> None:
     write_atomically(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write text beside `file` and rename it into place, making directories as needed. Any number
-    of processes may do so at once: the last one wins.
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write beside `file`, flush, and rename it into place, making directories as needed. Any
+    number of processes may do so at once: the last one wins.
 
     Raises:
         WritingError: for whatever the disk refuses; what was there is unchanged.
@@ -38,11 +41,11 @@ def write_atomically(file: Path, text: str) -> None:
     partial = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        handle, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode("utf-8") if isinstance(content, str) else content)
         Path(partial).chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
-        os.replace(partial, file)
+        replace_file(Path(partial), file)
     except BaseException as error:
         if partial:
             with contextlib.suppress(OSError):
@@ -55,9 +58,13 @@ def write_atomically(file: Path, text: str) -> None:
         ) from error
 
 
+LONGEST_NAME = 200
+"""Bytes of a directory's name: while it is written it has a longer one, of at most 255."""
+
+
 def check_output(directory: Path, overwrite: bool, needed_bytes: int = 0) -> None:
     """Raise WritingError now if `directory` could not be written later."""
-    place = directory.expanduser().resolve()
+    place = place_of(directory)
     if place.exists() and not place.is_dir():
         raise WritingError(f"'{directory}' is a file; name a directory.")
     if place.exists() and any(place.iterdir()) and not overwrite:
@@ -66,7 +73,7 @@ def check_output(directory: Path, overwrite: bool, needed_bytes: int = 0) -> Non
         )
     if os.path.ismount(place):
         raise WritingError(f"'{directory}' is a mount point; name a directory inside it.")
-    parent = next(parent for parent in place.parents if parent.exists())
+    parent = _existing_parent(place)
     if not parent.is_dir():
         raise WritingError(f"'{directory}' lies below '{parent}', a file; name another directory.")
     if not os.access(parent, os.W_OK):
@@ -74,30 +81,71 @@ def check_output(directory: Path, overwrite: bool, needed_bytes: int = 0) -> Non
     free = shutil.disk_usage(parent).free
     if needed_bytes > free:
         raise WritingError(
-            f"The result needs about {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
+            f"The result needs about {in_bytes(needed_bytes)}, but only {in_bytes(free)} are "
             f"free at '{parent}'. Free some space, or name a directory on another disk."
         )
+
+
+def place_of(directory: Path) -> Path:
+    """The absolute path of a directory to write. Links above it are followed; itself it must be
+    none, as what a link leads to belongs to somebody else.
+
+    Raises:
+        WritingError: for a link, and a name that no file system takes.
+    """
+    named = Path(os.path.abspath(directory.expanduser()))
+    try:
+        if named.is_symlink():
+            raise WritingError(
+                f"'{directory}' is a link to '{os.readlink(named)}'; name the directory itself."
+            )
+        place = named.parent.resolve() / named.name
+        if "\0" in str(named):
+            raise ValueError
+        place.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL, a long name
+        if isinstance(error, WritingError):
+            raise
+        reason = getattr(error, "strerror", None) or "it is no path"
+        raise WritingError(f"'{shown(directory)}' cannot be written: {reason}.") from error
+    if len(os.fsencode(place.name)) > LONGEST_NAME:
+        raise WritingError(
+            f"'{shown(directory)}' cannot be written: its name has more than {LONGEST_NAME} bytes. "
+            "Take a shorter one."
+        )
+    return place
+
+
+def _existing_parent(place: Path) -> Path:
+    return next(parent for parent in place.parents if parent.exists())
 
 
 @contextmanager
 def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a hidden directory beside `directory` that takes its place when the block succeeds.
 
-    If the block fails, or the process is killed, what was there before is still there.
+    If the block fails, the process is killed or the machine crashes, what was there before is still
+    there. See `durable.take_place`.
 
     Raises:
         WritingError: for whatever the disk refuses.
+        Interrupted: if the user stopped the run when all was written.
     """
     check_output(directory, overwrite)
-    place = directory.expanduser().resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(place, "partial")
+    place = place_of(directory)
+    partial, is_written = hidden_beside(place, "partial"), False
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
-        _take_place(partial, place)
+        old = take_place(partial, place)
+        is_written = True
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_written and isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"Interrupted, when '{directory}' was written already.") from None
         if isinstance(error, AdaptPrunerError) or not isinstance(error, (OSError, SafetensorError)):
             raise
         raise WritingError(
@@ -106,23 +154,18 @@ def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]
         ) from error
 
 
-def _beside(place: Path, what: str) -> Path:
-    return place.with_name(f".{place.name}.{what}-{secrets.token_hex(4)}")
-
-
-def _take_place(new: Path, place: Path) -> None:
-    """Rename `new` to `place`; if that fails, what is there is put back."""
-    if not place.exists():
-        os.replace(new, place)
-        return
-    old = _beside(place, "old")
-    os.replace(place, old)
+@contextmanager
+def writing(place: Path, kept: str = "What was there is unchanged") -> Iterator[None]:
+    """Turn whatever the disk refuses into a WritingError of a sentence, and what is `kept`."""
     try:
-        os.replace(new, place)
-    except BaseException:
-        os.replace(old, place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, AdaptPrunerError):
+            raise
+        raise WritingError(
+            f"'{place}' could not be written: {refusal(error)}. {kept}; free some space or name "
+            "another directory, and run again."
+        ) from error
 
 
 def refusal(error: BaseException) -> str:
@@ -130,7 +173,34 @@ def refusal(error: BaseException) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):
         return "the disk is full"
-    return str(error)
+    return getattr(error, "strerror", None) or str(error)
+
+
+MAX_TEXT_BYTES, MAX_JSON_BYTES = 1 << 20, 1 << 28
+"""Of a file that people write, and of one that programs write."""
+
+
+def read_bytes(file: Path, what: str, kind: type[AdaptPrunerError], most: int) -> bytes:
+    """Read a file that is to be held in memory.
+
+    Raises:
+        kind: naming it as `what`, if it is no ordinary file of at most `most` bytes.
+    """
+    try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise kind(f"{what.capitalize()} '{file}' is a pipe or a device; name a file.")
+        with file.open("rb") as stream:
+            content = stream.read(most + 1)
+    except FileNotFoundError:
+        raise kind(f"There is no {what} file '{shown(file)}'; name one that exists.") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdaptPrunerError):
+            raise
+        reason = getattr(error, "strerror", None) or "it is no path"
+        raise kind(f"{what.capitalize()} '{shown(file)}' cannot be read: {reason}.") from error
+    if len(content) > most:
+        raise kind(f"{what.capitalize()} '{file}' has more than {in_bytes(most)}; it is none.")
+    return content
 
 
 def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:
@@ -139,29 +209,53 @@ def read_yaml(file: Path, what: str, kind: type[AdaptPrunerError]) -> Any:
     Raises:
         kind: naming it as `what`, and what is wrong with it.
     """
-    import yaml
-
+    content = read_bytes(file, what, kind, MAX_TEXT_BYTES)
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise kind(f"There is no {what} file '{file}'; name one that exists.") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        message = f"{what.capitalize()} '{file}' is not YAML: {error.problem}{line}."
-        raise kind(message) from error
-    except OSError as error:
-        raise kind(f"{what.capitalize()} '{file}' cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        return parse_yaml(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
         raise kind(f"{what.capitalize()} '{file}' is not a text file in UTF-8.") from error
+    except ParsingError as error:
+        raise kind(f"{what.capitalize()} '{file}' is {error}.") from error
+
+
+def read_json(file: Path, kind: type[AdaptPrunerError] = LoadingError) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        kind: naming the file, and what is wrong with it.
+    """
+    content = read_bytes(file, "file", kind, MAX_JSON_BYTES)
+    try:
+        return parse_json(content)
+    except ParsingError as error:
+        raise kind(f"'{file}' cannot be read: it is {error}.") from error
+
+
+OWN_RESULT = re.compile(rb'\{\s*"format": 1,\s*"(models|model|device)":')
+"""How the files of `evaluate`, `bench`, `inspect` and `compare` begin."""
 
 
 def check_file(file: Path) -> None:
-    """Raise WritingError now if `file` could not be written later."""
-    if file.is_dir():
+    """Raise WritingError now if results could not be written to `file` later. Only results are
+    replaced: not a configuration, nor a thesis."""
+    place = place_of(file)
+    if place.is_dir():
         raise WritingError(f"'{file}' is a directory; name a file.")
-    parent = next(parent for parent in file.expanduser().resolve().parents if parent.exists())
+    if place.exists() and not place.is_file():
+        raise WritingError(f"'{file}' is a pipe or a device; name an ordinary file.")
+    if place.exists() and place.stat().st_size:
+        with place.open("rb") as stream:
+            if not OWN_RESULT.match(stream.read(100)):
+                raise WritingError(f"'{file}' exists and holds no results; name another file.")
+    parent = _existing_parent(place)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise WritingError(f"'{file}' cannot be written to; name a file elsewhere.")
+
+
+def beginning(file: Path, size: int = 2_000) -> str:
+    """The first characters of a file, whatever it holds."""
+    with file.open("rb") as stream:
+        return stream.read(size).decode("utf-8", "ignore")
 
 
 def _umask() -> int:

@@ -51,19 +51,25 @@ class StepRecord:
     parameters: int
     loss: float
     layer_importance: list[float]
+    """Of the original decoder layers, 0 for those that are gone; empty if it was not measured."""
     layer_distance: list[float]
     widths: list[dict[str, int]]
     seconds: dict[str, float]
 
     @classmethod
-    def of(cls, step: Any) -> StepRecord:
-        """Of a `PruningStep`."""
+    def of(cls, step: Any, layers: list[int], count: int) -> StepRecord:
+        """Of a `PruningStep`, before which the `layers` were left of the original `count`."""
+
+        def aligned(values: list[float]) -> list[float]:
+            there = dict(zip(layers, values, strict=True))
+            return [there.get(i, 0.0) for i in range(count)]
+
         return cls(
             step.step,
             step.anatomy.total_parameters,
             step.loss,
-            step.layer_importance,
-            step.layer_distance,
+            aligned(step.layer_importance) if step.layer_importance else [],
+            aligned(step.layer_distance) if step.layer_distance else [],
             step.anatomy.widths,
             step.seconds,
         )
@@ -127,5 +133,7 @@ class PruningResult:
     def save(self, directory: str | Path, portable: bool = False, overwrite: bool = False) -> Path:
         """Write a checkpoint that plain transformers loads. See `checkpoint.save_result`."""
         from .checkpoint import save_result
+        from .claims import claimed
 
-        return save_result(self, directory, portable=portable, overwrite=overwrite)
+        with claimed(Path(directory)):
+            return save_result(self, directory, portable=portable, overwrite=overwrite)

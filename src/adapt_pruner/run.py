@@ -10,6 +10,7 @@ import torch
 
 from .api import Listener, prune
 from .checkpoint import check_place, save_result
+from .claims import claimed
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
 from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
@@ -63,8 +64,15 @@ def plan_run(request: Request) -> Plan:
 
 def run_pruning(request: Request, output: Path, listener: Listener | None = None) -> PruningResult:
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
+    sources = (request.model, request.settings.calibration, request.evaluate)
+    check_place(output, request.overwrite, sources=sources)
+    with claimed(output):
+        return _prune_into(request, output, listener)
+
+
+def _prune_into(request: Request, output: Path, listener: Listener | None) -> PruningResult:
     settings = request.settings
-    check_place(output, request.overwrite)
+    check_place(output, request.overwrite)  # again: a run that was killed may have left its result
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target

@@ -10,7 +10,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import InvalidSettings, near_match
+from .errors import InvalidSettings, near_match, shortened, shown
+from .limits import (
+    Batch,
+    Documents,
+    Layer,
+    Length,
+    Limit,
+    Name,
+    Rounds,
+    Seed,
+    Shots,
+    Tokens,
+    Width,
+    Windows,
+    message_of,
+)
 from .model.axes import CUTS
 from .score.importance import IMPORTANCES
 
@@ -23,7 +38,7 @@ class OneOf:
 
     def __call__(self, name: str) -> str:
         if name not in self.table:
-            raise ValueError(f"there is no '{name}'{_hint(name, self.table)}")
+            raise ValueError(f"there is no {shown(name)}{_hint(name[:100], self.table)}")
         return name
 
 
@@ -52,13 +67,15 @@ class PruneSettings(BaseModel):
         ),
     ] = ("neurons", "kv-groups")
     protect_layers: Annotated[
-        tuple[int, ...],
-        Field(description="Decoder layers that stay whole, such as 0,1,-1 (-1 is the last)."),
+        tuple[Layer, ...],
+        Field(
+            max_length=10_000,
+            description="Decoder layers that stay whole, such as 0,1,-1 (-1 is the last).",
+        ),
     ] = ()
     multiple: Annotated[
-        int,
+        Width,
         Field(
-            ge=1,
             description="Round MLP widths and the hidden size to a multiple (hardware, "
             "quantisation).",
         ),
@@ -68,38 +85,38 @@ class PruneSettings(BaseModel):
         Field(description="Whether layers may differ in width; uniform models load everywhere."),
     ] = "per-layer"
 
-    windows: Annotated[int, Field(ge=1, description="Calibration windows per step.")] = 512
-    window_length: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 64
+    windows: Annotated[Windows, Field(description="Calibration windows per step.")] = 512
+    window_length: Annotated[Length, Field(description="Tokens per calibration window.")] = 64
     redraw: Annotated[bool, Field(description="Draw other calibration windows at each step.")] = (
         True
     )
     calibration: Annotated[
-        str,
+        Name,
         Field(
             description="Calibration text: hub data set, local txt, jsonl or parquet file or "
             "directory, or 'pydocs' (Python's own documentation)."
         ),
     ] = "DKYoon/SlimPajama-6B"
-    text_column: Annotated[str, Field(description="Column of the text in tabular data.")] = "text"
+    text_column: Annotated[Name, Field(description="Column of the text in tabular data.")] = "text"
     max_documents: Annotated[
-        int, Field(ge=1, description="Calibration documents to read and tokenise at most.")
+        Documents, Field(description="Calibration documents to read and tokenise at most.")
     ] = 10_000
-    seed: Annotated[int, Field(ge=0, description="Seed of everything that is random.")] = 0
+    seed: Annotated[Seed, Field(description="Seed of everything that is random.")] = 0
 
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         Field(description="Precision to load in; auto: float32 on CPU, else as stored."),
     ] = "auto"
     device: Annotated[
-        str, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
+        Name, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
     ] = "auto"
     device_map: Annotated[
-        str | None,
+        Name | None,
         Field(description="Spread the model over devices, as in transformers: auto, balanced."),
     ] = None
     micro_batch_size: Annotated[
-        int | None,
-        Field(ge=1, description="Windows per forward pass; default: found automatically."),
+        Batch | None,
+        Field(description="Windows per forward pass; default: found automatically."),
     ] = None
     gradient_checkpointing: Annotated[
         bool, Field(description="Less memory for activations, about a third more time.")
@@ -111,7 +128,7 @@ Dtype = Annotated[
     Field(description="Precision to load in; auto: as stored."),
 ]
 Device = Annotated[
-    str, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
+    Name, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
 ]
 
 
@@ -121,45 +138,44 @@ class EvaluationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     limit: Annotated[
-        float | None,
-        Field(gt=0, description="Items per task, or documents of a text; below 1 their share."),
+        Limit | None,
+        Field(description="Items per task, or documents of a text; below 1 their share."),
     ] = None
     num_fewshot: Annotated[
-        int | None,
-        Field(ge=0, description="Shots of --tasks; default: the task's own. Suites have theirs."),
+        Shots | None,
+        Field(description="Shots of --tasks; default: the task's own. Suites have theirs."),
     ] = None
     batch_size: Annotated[
         str,
         Field(
-            pattern=r"^(auto|[1-9]\d*)$",
+            pattern=r"^(auto|[1-9]\d{0,4})$",
             description="Items per forward pass; auto: on a GPU what fits, on the CPU 1.",
         ),
     ] = "auto"
     max_length: Annotated[
-        int | None,
-        Field(ge=2, description="Longest input of --suite and --tasks; default: the model's."),
+        Length | None,
+        Field(description="Longest input of --suite and --tasks; default: the model's."),
     ] = None
     window: Annotated[
-        int | None,
-        Field(ge=2, description="Tokens per window of --text; default: the model's, up to 2048."),
+        Length | None,
+        Field(description="Tokens per window of --text; default: the model's, up to 2048."),
     ] = None
     stride: Annotated[
-        int | None,
+        Tokens | None,
         Field(
-            ge=1,
             description="Tokens from one window of --text to the next; default: the window. Below "
             "it windows overlap, and each token is scored once.",
         ),
     ] = None
-    text_column: Annotated[str, Field(description="Column of --text in tabular data.")] = "text"
+    text_column: Annotated[Name, Field(description="Column of --text in tabular data.")] = "text"
     seed: Annotated[
-        int | None,
-        Field(ge=0, description="Seed of all that is random; default: lm-eval's 0,1234,1234,1234."),
+        Seed | None,
+        Field(description="Seed of all that is random; default: lm-eval's 0,1234,1234,1234."),
     ] = None
     dtype: Dtype = "auto"
     device: Device = "auto"
     device_map: Annotated[
-        str | None,
+        Name | None,
         Field(description="Spread the model over devices, as in transformers: auto, balanced."),
     ] = None
 
@@ -176,26 +192,26 @@ class BenchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt_tokens: Annotated[
-        int, Field(ge=1, description="Tokens read; fewer where a model's context is too short.")
+        Tokens, Field(description="Tokens read; fewer where a model's context is too short.")
     ] = 256
-    new_tokens: Annotated[int, Field(ge=1, description="Tokens written after them.")] = 32
-    batch_size: Annotated[int, Field(ge=1, description="Sequences at once.")] = 1
-    repetitions: Annotated[int, Field(ge=1, description="Rounds, in which models take turns.")] = 7
+    new_tokens: Annotated[Tokens, Field(description="Tokens written after them.")] = 32
+    batch_size: Annotated[Batch, Field(description="Sequences at once.")] = 1
+    repetitions: Annotated[Rounds, Field(description="Rounds, in which models take turns.")] = 7
     dtype: Dtype = "auto"
     device: Device = "auto"
 
 
 def make_evaluation_settings(**values: Any) -> EvaluationSettings:
     """Build settings of an evaluation from single values. Raises as `make_settings`."""
-    return checked(EvaluationSettings, values)
+    return build(EvaluationSettings, values)
 
 
 def make_bench_settings(**values: Any) -> BenchSettings:
     """Build settings of `adapt-pruner bench` from single values. Raises as `make_settings`."""
-    return checked(BenchSettings, values)
+    return build(BenchSettings, values)
 
 
-def checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
+def build(settings: type[Settings], values: dict[str, Any]) -> Settings:
     """Build settings from single values. Raises InvalidSettings about the first that is wrong."""
     try:
         return settings(**values)
@@ -206,12 +222,9 @@ def checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
 def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     """One sentence about the first problem that pydantic found."""
     problem = error.errors()[0]
-    name = ".".join(map(str, problem["loc"][:1]))
-    if problem["type"] == "value_error":
-        message = problem["msg"].removeprefix("Value error, ")
-        if name:
-            return f"{name}: {message}."
-        return f"{message}; got {problem['input']}."  # of several settings together
+    if not problem["loc"]:  # of several settings together
+        return f"{message_of(problem)}; got {shown(problem['input'])}."
+    name = shortened(str(problem["loc"][0]))
     if problem["type"] == "extra_forbidden":
         return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
-    return f"{name}: {problem['msg']}; got {problem['input']!r}."
+    return f"{name}: {message_of(problem)}; got {shown(problem['input'])}."

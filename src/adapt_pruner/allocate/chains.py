@@ -74,11 +74,11 @@ class Chain:
         """Of every stratum of every member."""
         return int(self.sizes[: self.removed].sum())
 
-    def remove_down_to(self, width: int) -> None:
-        """Remove the fewest blocks that leave at most `width` units, or all that may go."""
+    def remove_whole(self, entries: int) -> None:
+        """Remove the blocks that fit whole into what goes: at least `entries` stay, in units of the
+        axis's grain."""
         left = self.width - torch.cumsum(self.sizes, dim=0)
-        needed = int((left > width).sum()) + 1 if self.width > width else 0
-        self.removed = min(needed, len(self.sizes))
+        self.removed = int((left * self.members[0].grain >= entries).sum())
 
 
 class Removal:
@@ -162,7 +162,7 @@ def _chain(members: list[Axis], scores: Scores, limits: Limits, anatomy: Anatomy
     axis = members[0]
     sizes = _block_sizes(axis, limits, anatomy)
     unit_cost = sum(member.unit_cost * member.strata for member in members)
-    sums = [_strata(m, scores[m.key].double().cpu()).sort(dim=1).values.sum(dim=0) for m in members]
+    sums = [_strata(m, scores[m.key].cpu().double()).sort(dim=1).values.sum(dim=0) for m in members]
     ascending = torch.stack(sums).sum(dim=0)
     ends = torch.cumsum(sizes, dim=0)
     running = torch.cat([torch.zeros(1, dtype=torch.float64), ascending.cumsum(0)])

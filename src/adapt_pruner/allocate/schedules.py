@@ -28,7 +28,9 @@ class AdaptiveSchedule:
 
     Each step adds 1 / steps to the sparsity of every layer, minus amplitude * layer importance; so
     less important layers lose more. Sparsities refer to the original widths, and all axes of a
-    layer share theirs. The step that would pass the target is shortened to meet it.
+    layer share theirs. Only what fits whole into a sparsity goes: of W KV heads of size h,
+    ceil(int(W h (1 - s)) / h) stay, as in the official code. The step that would pass the target
+    is shortened to meet it.
     """
 
     def __init__(self, anatomy: Anatomy, steps: int, amplitude: float):
@@ -70,7 +72,8 @@ class AdaptiveSchedule:
         for chain in removal.chains:
             layer, _ = key = chain.keys[0]
             share = sparsity[layer] if layer != WHOLE_MODEL else math.fsum(sparsity) / len(sparsity)
-            chain.remove_down_to(math.floor(self.original_sizes[key] * (1 - share) + 1e-9))
+            entries = self.original_sizes[key] * chain.members[0].grain
+            chain.remove_whole(math.floor(entries * (1 - share) + 1e-9))
 
 
 def _between(start: Sequence[float], end: Sequence[float], t: float) -> list[float]:

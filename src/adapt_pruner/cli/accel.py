@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from ..limits import Batch, Factor, Hours, Loss, Rounds, Steps
 from ..recovery.settings import RecoverySettings, make_recovery_settings
 from .options import (
     Count,
     MethodCommand,
+    Number,
     named_model,
     options_of,
     own_values,
@@ -36,22 +38,26 @@ RECIPE_KEYS = {
 @click.command("accel", cls=MethodCommand)
 @run_options
 @click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
-@click.option("--data", help="Training text: as --calibration, or a mixture (YAML, or adapt-llm).")
-@click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
-@click.option("--stop-after", type=click.IntRange(1), help="Stop after this phase, to go on later.")
 @click.option(
-    "--max-hours", type=click.FloatRange(0, min_open=True), help="Stop this call after so long."
+    "--data",
+    help="Training text: as --calibration, or a mixture (YAML, or adapt-llm). It is also what cuts "
+    "are calibrated on, unless --calibration names other text.",
 )
-@click.option("--max-loss", type=float, help="Stop at a phase whose evaluation loss is above it.")
+@click.option("--teacher", help="Model to distil from, with --alpha; default: the source model.")
+@click.option("--stop-after", type=Number(Rounds), help="Stop after this phase, to go on later.")
+@click.option("--max-hours", type=Number(Hours), help="Stop this call after so long.")
 @click.option(
-    "--save-steps", type=click.IntRange(1), default=500, show_default=True,
+    "--max-loss", type=Number(Loss), help="Stop at a phase whose evaluation loss is above it."
+)
+@click.option(
+    "--save-steps", type=Number(Steps), default=500, show_default=True,
     help="Optimizer steps between checkpoints; one is also written after each phase.",
 )  # fmt: skip
 @click.option("--report-to", default="", help="Trackers: tensorboard, trackio, wandb, with commas.")
 @click.option("--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go.")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="For --dry-run.")
+@click.option("--gpus", type=Number(Batch), default=1, show_default=True, help="For --dry-run.")
 @click.option(
-    "--gpu-tflops", type=click.FloatRange(0, min_open=True), default=400.0, show_default=True,
+    "--gpu-tflops", type=Number(Factor), default=400.0, show_default=True,
     help="For --dry-run: what a GPU really does in training.",
 )  # fmt: skip
 @options_of(RecoverySettings)
@@ -72,8 +78,7 @@ def command(
     adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
     adapt-pruner accel --recipe recipes/accel-demo.yaml -o small
     """
-    from ..recovery.request import AccelRequest
-    from ..run import default_calibration
+    from ..recovery.request import TRAINING_DATA, AccelRequest
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
@@ -101,7 +106,7 @@ def command(
     flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
     request = AccelRequest(
         model=model,
-        settings=resolve_settings(preset, default_calibration(model), said, options),
+        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
         recovery=make_recovery_settings(**{**from_recipe, **given}),
         report_to=trackers,
         **values,

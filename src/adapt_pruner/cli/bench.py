@@ -53,7 +53,7 @@ def command(
     if file is not None:
         check_file(file)
     for name in models:  # before the first is loaded
-        check_causal(load_config(name, trust_remote_code))
+        check_causal(load_config(name, trust_remote_code, prunable=False))
     dtype = "stored" if settings.dtype == "auto" else settings.dtype
     device = resolve_device(settings.device)
     loaded = [

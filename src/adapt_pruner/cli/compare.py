@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import Interrupted, InvalidSettings, WritingError
+from ..limits import MAX_SEED, Runs
 from ..methods import DEFAULT_METHOD, method_named
 from ..settings import EvaluationSettings, make_evaluation_settings
-from .options import Names, Numbers, options_of
+from .options import Names, Number, Numbers, options_of
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison
+    from ..comparison import Comparison, ComparisonRequest
 
 MEASURE = ("limit", "num_fewshot", "batch_size", "max_length", "window", "stride")
 """Settings of evaluation that pruning has none of its own for."""
@@ -44,7 +45,7 @@ SHARED = ("dtype", "device", "device_map", "text_column")
     help="Shares of the decoder layers' parameters to remove.",
 )  # fmt: skip
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=3, show_default=True,
+    "--seeds", type=Number(Runs), default=3, show_default=True,
     help="Runs of each method, from --seed on.",
 )  # fmt: skip
 @click.option(
@@ -88,6 +89,7 @@ def command(
     Settings given as options hold for all methods. What was measured is kept: the same command
     goes on where it was interrupted, and a larger one takes over what it shares with a smaller.
     """
+    from ..claims import claimed
     from ..comparison import ComparisonRequest, compare
     from ..comparison.variants import (
         DEFAULT_VARIANTS,
@@ -107,6 +109,8 @@ def command(
     trust = options.pop("trust_remote_code")
     given = {name: value for name, value in options.items() if value is not None}
     first = given.pop("seed", 0)
+    if first + seeds - 1 > MAX_SEED:
+        raise InvalidSettings(f"seed: {seeds} of them must be at most {MAX_SEED}; got {first}.")
     evaluation = make_evaluation_settings(
         **{name: value for name, value in measure.items() if value is not None},
         **{name: given[name] for name in SHARED if name in given},
@@ -126,9 +130,9 @@ def command(
         trust_remote_code=trust,
         **asked,
     )
-    _check_output(output)
+    _check_output(output, request)
     console.hush_libraries()
-    with console.ComparisonView(quiet) as view:
+    with claimed(output), console.ComparisonView(quiet) as view:
         view.on_change = lambda comparison: write(output, comparison)
         try:
             comparison = compare(request, ResultStore(cache_dir), view)
@@ -137,8 +141,8 @@ def command(
                 f"Interrupted after {view.done} of {view.count} models. Their results are kept; "
                 "the same command goes on from there."
             ) from None
+        write(output, comparison, pictures=True)
     show(comparison)
-    write(output, comparison, pictures=True)
     click.echo(f"written to {output}")
 
 
@@ -153,10 +157,7 @@ def write(output: Path, comparison: Comparison, pictures: bool = False) -> None:
     for suffix, text in (("md", tables.markdown()), ("tex", tables.latex()), ("csv", tables.csv())):
         write_atomically(output / f"comparison.{suffix}", text)
     if pictures:
-        try:
-            draw(output, tables)
-        except OSError as error:
-            raise WritingError(f"'{output}' could not be written: {error.strerror}.") from error
+        draw(output, tables)
 
 
 def show(comparison: Comparison) -> None:
@@ -170,12 +171,20 @@ def show(comparison: Comparison) -> None:
         console.out.print(note, style="dim", soft_wrap=True, markup=False)
 
 
-def _check_output(output: Path) -> None:
-    from ..files import check_file
+def _check_output(output: Path, request: ComparisonRequest) -> None:
+    from ..claims import is_inside
+    from ..files import check_file, check_output
 
-    if output.exists() and not output.is_dir():
-        raise WritingError(f"'{output}' is a file; name a directory.")
+    check_output(output, overwrite=True)
+    read = [request.model, *request.text, *(v.settings.calibration for v in request.variants)]
+    for source in read:
+        if request.save_to is not None and is_inside(source, request.save_to):
+            raise WritingError(
+                f"'{source}' is read by this run and lies in '{request.save_to}', where models are "
+                "written. Name another directory to write."
+            )
     entries = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    entries = {name for name in entries if not name.startswith(".comparison.")}  # of a killed run
     if entries and "comparison.json" not in entries:
         raise InvalidSettings(
             f"'{output}' is not empty and holds no comparison. Name another directory."

@@ -49,7 +49,8 @@ def hush_libraries() -> None:
     import huggingface_hub
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Said aloud, so that it does not warn of forks: this program makes none that tokenise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)

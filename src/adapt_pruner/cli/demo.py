@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from ..limits import Seed
+from .options import Number
+
 PROMPT = "The for statement is used to"
 
 
@@ -16,20 +19,25 @@ PROMPT = "The for statement is used to"
     help="Directory to write.",
 )  # fmt: skip
 @click.option("--sparsity", type=float, default=0.3, show_default=True, help="Share to remove.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the run.")
+@click.option("--seed", type=Number(Seed), default=0, show_default=True, help="Seed of the run.")
 def command(output: Path, sparsity: float, seed: int) -> None:
     """Prune the small model that ships with the package. Needs no hub and no GPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..allocate.target import resolve_target
     from ..evaluation import compare_speed
     from ..methods import make_settings
-    from ..model.loading import EMBEDDED_MODEL, load_model
+    from ..model.anatomy import find_anatomy
+    from ..model.loading import EMBEDDED_MODEL, empty_model, load_model
     from ..result import PRUNING_FILE
     from ..run import Request, default_calibration, run_pruning
     from . import console
 
     console.hush_libraries()
     out = console.out
+    resolve_target(
+        find_anatomy(empty_model(EMBEDDED_MODEL)), sparsity, None
+    )  # before the first word
     out.print(f"[bold]1. Prune[/] the embedded model: {sparsity:.0%} of its decoder layers go")
     settings = make_settings("best", seed=seed, **default_calibration(EMBEDDED_MODEL))
     again = (output / PRUNING_FILE).is_file()  # replaces results, and nothing else

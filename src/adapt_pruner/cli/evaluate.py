@@ -72,7 +72,7 @@ def command(
     if file is not None:
         check_file(file)
     for model in models:  # before the first is measured
-        check_causal(load_config(model, trust_remote_code))
+        check_causal(load_config(model, trust_remote_code, prunable=False))
     found: list[Evaluation] = []
     try:
         with console.TaskBar(quiet) as bar:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import UnsupportedModel
+
 if TYPE_CHECKING:
     from ..inspection import Inspection
 
@@ -40,7 +42,12 @@ def command(model: str, file: Path | None, trust_remote_code: bool) -> None:
     console.hush_libraries()
     if file is not None:
         check_file(file)
-    found = inspect_model(empty_model(model, trust_remote_code))
+    try:
+        found = inspect_model(empty_model(model, trust_remote_code))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"inspect shows what can be cut, and here nothing can: {error}"
+        ) from error
     if file is not None:
         write_json_atomically(file, {"format": 1, "model": model, **found.as_dict()})
     show(model, found)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 import click
 
 from .. import __version__
-from ..errors import AdaptPrunerError, Interrupted, near_match
+from ..errors import AdaptPrunerError, Interrupted, near_match, shortened, shown
 
-OUT_OF_MEMORY = (
-    "Out of memory. Try --gradient-checkpointing, --dtype bfloat16, --micro-batch-size 1 for "
-    "calibration, or --per-device-train-batch-size 1 for training."
-)
+OUT_OF_MEMORY = {
+    "prune": "--gradient-checkpointing, --dtype bfloat16, or --micro-batch-size 1",
+    "accel": "--gradient-checkpointing, --dtype bfloat16, --micro-batch-size 1 for calibration, or "
+    "--per-device-train-batch-size 1 for training",
+    "compare": "--gradient-checkpointing, --dtype bfloat16, or --micro-batch-size 1",
+    "evaluate": "--batch-size 1, --dtype bfloat16, or a smaller --window or --max-length",
+    "bench": "a smaller --batch-size or --prompt-tokens, or --dtype bfloat16",
+    "report": "fewer models at once, or --device cpu",
+}
+"""Command -> what to try when it does not fit."""
+
+LONGEST_MESSAGE, LONGEST_VALUE = 2_000, 120
 
 
 class Program(click.Group):
@@ -59,45 +72,84 @@ def main(args: list[str] | None = None) -> None:
     """Run the program and exit. Every error is one message on stderr and a non-zero status."""
     arguments = sys.argv[1:] if args is None else args
     debug = "--debug" in arguments  # anywhere: it is an afterthought
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _check_arguments(arguments)
+    with _stops_at_sigterm() as signals:
+        try:
+            program.main(args=arguments, prog_name="adapt-pruner", standalone_mode=False)
+        except click.exceptions.Exit as exit_:
+            sys.exit(exit_.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            what = "Stopped by SIGTERM" if signals else "Interrupted"
+            _fail(f"{what}; nothing was written.", _status(signals))
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except Interrupted as error:
+            _fail(str(error), _status(signals))
+        except Exception as error:
+            if debug:
+                raise
+            _fail(*_explained(error, arguments))
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """No option or argument means anything when it is empty, and "" as a path is the current
+    directory."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, equals, value = argument.partition("=")
+        is_option = argument.startswith("--") and bool(equals)
+        if not (value if is_option else argument).strip():
+            where = name if is_option else before
+            _fail(f"The argument{f' after {where}' * bool(where)} is empty; give it a value.", 2)
+        if not argument.isascii() and argument != argument.encode("utf-8", "ignore").decode():
+            _fail(f"An argument is no text in UTF-8: {shown(argument)}.", 2)
+
+
+@contextmanager
+def _stops_at_sigterm() -> Iterator[list[int]]:
+    """Treat SIGTERM as SIGINT is treated: what is half-written goes, and a message says what is
+    kept. Yields the signals that came."""
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        program.main(
-            args=[argument for argument in arguments if argument != "--debug"],
-            prog_name="adapt-pruner",
-            standalone_mode=False,
-        )
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted; nothing was written.", 130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.NoSuchOption as error:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _status(signals: list[int]) -> int:
+    return 128 + (signals[0] if signals else signal.SIGINT)
+
+
+def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    """What to say of an error, and the exit status."""
+    if isinstance(error, click.NoSuchOption):
         hint = near_match(error.option_name, error.possibilities or [])
-        _fail(
-            f"There is no option '{error.option_name}'.{_owner(error.option_name)}{hint} --help "
-            "lists them.",
-            2,
-        )
-    except click.ClickException as error:
-        if debug:
-            raise
-        _fail(error.format_message(), error.exit_code)
-    except Interrupted as error:
-        _fail(str(error), 130)
-    except AdaptPrunerError as error:
-        if debug:
-            raise
-        _fail(str(error), 1)
-    except MemoryError:
-        _fail(OUT_OF_MEMORY, 1)
-    except Exception as error:
-        if debug:
-            raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        if "out of memory" in text.lower() or "can't allocate memory" in text:
-            _fail(f"{OUT_OF_MEMORY} ({text})", 1)
-        _fail(f"Unexpected error, please report it ({text}). --debug shows where.", 1)
+        owner = _owner(error.option_name)
+        return f"There is no option '{error.option_name}'.{owner}{hint} --help lists them.", 2
+    if isinstance(error, click.ClickException):
+        message = error.format_message()
+        for argument in arguments:  # click shows values in full
+            value = argument.partition("=")[2] if argument.startswith("--") else argument
+            if len(value) > LONGEST_VALUE:
+                message = message.replace(value, shortened(value, LONGEST_VALUE))
+        return message, error.exit_code
+    if isinstance(error, AdaptPrunerError):
+        return str(error), 1
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, MemoryError) or _is_out_of_memory(text):
+        advice = OUT_OF_MEMORY.get(arguments[0] if arguments else "", "a machine with more of it")
+        return f"Out of memory. Try {advice}.", 1
+    return f"Unexpected error, please report it ({text[:500]}). --debug shows where.", 1
 
 
 def _owner(option: str) -> str:
@@ -108,6 +160,12 @@ def _owner(option: str) -> str:
     return f" It is a setting of {', '.join(owners)}: add --method." if owners else ""
 
 
-def _fail(message: str, status: int) -> None:
+def _is_out_of_memory(text: str) -> bool:
+    return "out of memory" in text.lower() or "can't allocate memory" in text
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    if len(message) > LONGEST_MESSAGE:  # of a library, with a value that it was given
+        message = f"{message[:LONGEST_MESSAGE]}..."
     click.echo(f"adapt-pruner: error: {message}", err=True)
     sys.exit(status)

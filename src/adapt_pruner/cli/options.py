@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ..errors import InvalidSettings, near_match
+from ..errors import InvalidSettings, near_match, shown
 from ..files import read_yaml
+from ..limits import checked
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
 from ..settings import OneOf, PruneSettings
+
+MOST_VALUES = 100
+"""Of a list in one option."""
 
 
 class Count(click.ParamType):
@@ -32,8 +37,25 @@ class Count(click.ParamType):
         except ValueError:
             count = -1.0
         if not 1 <= count < 10**15 or (factor == 1 and count % 1):
-            self.fail(f"expected a count such as 350M, 1.2B or 260032; got '{value}'.", param, ctx)
+            self.fail(
+                f"expected a count such as 350M, 1.2B or 260032; got {quoted(value)}.", param, ctx
+            )
         return round(count)
+
+
+class Number(click.ParamType):
+    """A number of one of the types in `limits`, which say how large it may be."""
+
+    name = "number"
+
+    def __init__(self, kind: Any, name: str = "number"):
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param, ctx) -> Any:
+        try:
+            return checked(self.kind, self.name, value)
+        except InvalidSettings as error:
+            self.fail(str(error).removeprefix(f"{self.name}: "), param, ctx)
 
 
 class Choice(click.Choice):
@@ -41,7 +63,8 @@ class Choice(click.Choice):
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         known = [str(choice) for choice in self.choices]
-        return f"there is no '{value}'.{near_match(str(value), known)} Known: {', '.join(known)}."
+        hint = near_match(str(value)[:100], known)
+        return f"there is no {quoted(value)}.{hint} Known: {', '.join(known)}."
 
 
 class Integers(click.ParamType):
@@ -51,9 +74,9 @@ class Integers(click.ParamType):
 
     def convert(self, value: Any, param, ctx) -> tuple[int, ...]:
         try:
-            return tuple(int(part) for part in str(value).split(",") if part.strip())
+            return tuple(int(part) for part in _parts(value))
         except ValueError:
-            self.fail(f"expected integers such as 0,1,-1; got '{value}'.", param, ctx)
+            self.fail(f"expected integers such as 0,1,-1; got {quoted(value)}.", param, ctx)
 
 
 class Numbers(click.ParamType):
@@ -63,11 +86,15 @@ class Numbers(click.ParamType):
 
     def convert(self, value: Any, param, ctx) -> tuple[float, ...]:
         try:
-            numbers = tuple(float(part) for part in str(value).split(",") if part.strip())
+            numbers = tuple(float(part) for part in _parts(value))
         except ValueError:
             numbers = ()
-        if not numbers:
-            self.fail(f"expected numbers such as 0.2,0.4; got '{value}'.", param, ctx)
+        if not numbers or not all(map(math.isfinite, numbers)) or len(numbers) > MOST_VALUES:
+            self.fail(
+                f"expected up to {MOST_VALUES} numbers such as 0.2,0.4; got {quoted(value)}.",
+                param,
+                ctx,
+            )
         return tuple(dict.fromkeys(numbers))
 
 
@@ -82,14 +109,23 @@ class Names(click.ParamType):
     def convert(self, value: Any, param, ctx) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        names = tuple(part.strip() for part in _parts(value))
         if not names:
-            self.fail(f"expected names with commas; got '{value}'.", param, ctx)
+            self.fail(f"expected names with commas; got {quoted(value)}.", param, ctx)
         for name in names:
             if self.known and name not in self.known:
-                hint, known = near_match(name, self.known), ", ".join(self.known)
-                self.fail(f"there is no '{name}'.{hint} Known: {known}.", param, ctx)
+                hint, known = near_match(name[:100], self.known), ", ".join(self.known)
+                self.fail(f"there is no {quoted(name)}.{hint} Known: {known}.", param, ctx)
         return names
+
+
+def _parts(value: Any) -> list[str]:
+    return [part for part in str(value).split(",") if part.strip()]
+
+
+def quoted(value: Any) -> str:
+    """What was typed, as messages show it."""
+    return shown(str(value))
 
 
 def options_of(
@@ -189,8 +225,12 @@ def _type(name: str, kind: Any, info: FieldInfo) -> Any:
 
 
 def _without_none(annotation: Any) -> Any:
+    """The type itself, without `| None` and without limits."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next(arm for arm in get_args(annotation) if arm is not type(None))
+        arms = get_args(annotation)
+        return _without_none(next(arm for arm in arms if arm is not type(None)))
+    if get_origin(annotation) is Annotated:
+        return _without_none(get_args(annotation)[0])
     return annotation
 
 
@@ -209,17 +249,20 @@ def read_recipe(
     recipe = read_yaml(file, "recipe", InvalidSettings) or {}
     if not isinstance(recipe, dict):
         raise InvalidSettings(
-            f"Recipe '{file}' must be a mapping such as `sparsity: 0.2`; got {recipe!r}."
+            f"Recipe '{file}' must be a mapping such as `sparsity: 0.2`; got {shown(recipe)}."
         )
     known = {*own, *settings_fields()}.union(*(model.model_fields for model in more))
     for key, value in recipe.items():
         if key not in known:
             raise InvalidSettings(
-                f"Recipe '{file}' has an unknown key '{key}'.{near_match(str(key), known)}"
+                f"Recipe '{file}' has an unknown key {shown(str(key))}."
+                f"{near_match(str(key)[:100], known)}"
             )
         if key in own and type(value) not in own[key]:
             kinds = " or ".join(_KINDS[kind] for kind in own[key])
-            raise InvalidSettings(f"Recipe '{file}': {key} must be {kinds}; got {value!r}.")
+            raise InvalidSettings(f"Recipe '{file}': {key} must be {kinds}; got {shown(value)}.")
+        if key in own and value == "":
+            raise InvalidSettings(f"Recipe '{file}': {key} is empty; give it a value.")
     return recipe
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from ..errors import WritingError
+from ..limits import Tokens
+from .options import Number
 
 
 @click.command("report")
@@ -17,7 +19,7 @@ from ..errors import WritingError
 )  # fmt: skip
 @click.option("--prompt", "prompts", multiple=True, help="Let both models go on from it; repeat.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True,
+    "--max-new-tokens", type=Number(Tokens), default=64, show_default=True,
     help="Tokens that each writes after a prompt.",
 )  # fmt: skip
 @click.option("--speed", is_flag=True, help="Measure prefill and decode of both models now.")
@@ -47,7 +49,7 @@ def command(
     adapt-pruner report smaller --prompt "Once upon a time" --speed
     adapt-pruner report smaller smallest -o both.html
     """
-    from ..files import write_atomically
+    from ..files import beginning, place_of, write_atomically
     from ..model.loading import resolve_device
     from ..report.account import REPORT_FILE
     from ..report.page import MARK, render
@@ -57,9 +59,12 @@ def command(
     from . import console
 
     output = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
-    if output.is_dir():
+    place = place_of(output)
+    if place.is_dir():
         raise WritingError(f"'{output}' is a directory; name an HTML file in it.")
-    if output.exists() and not overwrite and MARK not in output.read_text("utf-8", "ignore")[:2000]:
+    if place.exists() and not place.is_file():
+        raise WritingError(f"'{output}' is a pipe or a device; name an ordinary file.")
+    if place.exists() and not overwrite and MARK not in beginning(place):
         raise WritingError(
             f"'{output}' exists and is no report. Name another file, or pass --overwrite."
         )

@@ -16,9 +16,10 @@ from ..api import check_window_length, prune
 from ..checkpoint import save_result
 from ..data import CalibrationData
 from ..data.calibration import load_documents
-from ..errors import InvalidSettings, LoadingError, NonFiniteError
-from ..evaluation import Evaluation, ResultStore, Score, evaluate, fingerprint
-from ..evaluation.measure import Subject
+from ..errors import InvalidSettings, LoadingError, NonFiniteError, shown
+from ..evaluation import Evaluation, ResultStore, Score, code, evaluate, fingerprint
+from ..evaluation.store import Record
+from ..evaluation.subject import Subject
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
 from ..result import PruningResult
@@ -71,6 +72,8 @@ class CellResult:
     was_cached: bool = False
     error: str = ""
     """Why there are no scores, if there are none."""
+    commits: frozenset[str] = frozenset()
+    """States of the code, as git tells them, at which the figures were computed."""
 
 
 @dataclass
@@ -137,12 +140,13 @@ def _check(request: ComparisonRequest) -> None:
         )
     for what, names in (
         ("methods", [variant.name for variant in request.variants]),
+        ("saved methods", [directory_name(v.name) for v in request.variants if request.save_to]),
         ("texts", [Path(text).name for text in request.text]),
     ):
         for name in names:
             if names.count(name) > 1:
                 raise InvalidSettings(
-                    f"Two {what} are called '{name}'; their columns could not be told apart."
+                    f"Two {what} are called {shown(name)} and could not be told apart."
                 )
 
 
@@ -201,7 +205,10 @@ class _Runner:
             target = self.targets[cell.variant, cell.sparsity]
             return CellResult(cell, target, 0.0, [], error=str(error))
         cached = model is None and found.num_cached == len(found.records)
-        return CellResult(cell, known["parameters"], known["seconds"], found.scores, cached)
+        return CellResult(
+            cell, known["parameters"], known["seconds"], found.scores, cached,
+            commits=commits_of(found.records, self.store.read(key)),
+        )  # fmt: skip
 
     def _key(self, cell: Cell, settings: PruneSettings) -> dict[str, Any]:
         """Everything that the pruned weights depend on."""
@@ -214,6 +221,7 @@ class _Runner:
             "calibration": self._read(settings)[1],
             "device": resolve_device(settings.device).split(":")[0],
             "versions": fingerprint.versions(),
+            "code": code.of_modules(code.PRUNING),
         }
 
     def _read(self, settings: PruneSettings) -> tuple[list[Tensor], str]:
@@ -281,8 +289,13 @@ class _Runner:
     def _place(self, cell: Cell) -> Path | None:
         if self.request.save_to is None:
             return None
-        name = re.sub(r"[^\w.]+", "-", cell.variant.name)
+        name = directory_name(cell.variant.name)
         return self.request.save_to / f"{name}-{cell.sparsity:g}-seed{cell.seed}"
+
+
+def directory_name(variant: str) -> str:
+    """The name of a variant as part of that of a directory."""
+    return re.sub(r"[^\w.]+", "-", variant)[:40]
 
 
 def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:
@@ -293,6 +306,12 @@ def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:
     mean = statistics.geometric_mean(score.value for score in found)
     tokens = sum(score.num_samples for score in found)
     return [Score(MEAN_OVER_TEXTS, "token_perplexity", mean, None, None, tokens, False)]
+
+
+def commits_of(records: Sequence[Record], *more: Record | None) -> frozenset[str]:
+    """The commits at which results were computed, where git tells them."""
+    found = (record.git_hash for record in (*records, *more) if record is not None)
+    return frozenset(commit for commit in found if commit)
 
 
 class _OtherWeights(Exception):

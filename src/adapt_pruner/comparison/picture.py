@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from ..report.pictures import make_figure
 from .grid import MEAN_OVER_TEXTS
 from .table import Metric, Tables
@@ -26,7 +28,9 @@ def draw(directory: Path, tables: Tables) -> list[Path]:
         drawn[f"quality_over_{name}"] = draw_sweep(tables, metrics, name)
     for name, figure in drawn.items():
         for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
-            figure.savefig(directory / f"{name}{suffix}", **options)
+            content = io.BytesIO()
+            figure.savefig(content, format=suffix[1:], **options)
+            write_atomically(directory / f"{name}{suffix}", content.getvalue())
     return [directory / f"{name}.svg" for name in drawn]
 
 

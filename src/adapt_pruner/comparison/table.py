@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..evaluation import Score, fingerprint
 from ..evaluation.store import git_hash
-from .grid import Comparison
+from .grid import Comparison, commits_of
 from .variants import Variant
 
 MISSING = "–"
@@ -143,11 +144,11 @@ class Tables:
 
     def markdown(self) -> str:
         heads, rows = self.grid()
-        lines = [f"| {' | '.join(map(_markdown, heads))} |", "|" + " --- |" * len(heads)]
+        lines = [f"| {' | '.join(map(escape_markdown, heads))} |", "|" + " --- |" * len(heads)]
         for name, figures in rows:
-            cells = [_wrapped(figure, "**{}**", _markdown) for figure in figures]
-            lines.append(f"| {' | '.join([_markdown(name), *cells])} |")
-        return "\n".join([*lines, "", *self.notes(), ""])
+            cells = [_wrapped(figure, "**{}**", escape_markdown) for figure in figures]
+            lines.append(f"| {' | '.join([escape_markdown(name), *cells])} |")
+        return "\n".join([*lines, "", *map(escape_markdown, self.notes()), ""])
 
     def latex(self) -> str:
         r"""A table for \usepackage{booktabs}."""
@@ -244,6 +245,14 @@ class Tables:
         if request.evaluation.limit:
             said.append(f"Measured on a part (limit {request.evaluation.limit:g}).")
         said.append(f"Made with adapt-pruner {__version__}.")
+        results = self.comparison.results
+        commits = commits_of(dense.records).union(*(result.commits for result in results))
+        if len(commits) > 1:
+            said.append(
+                f"Figures were computed at {len(commits)} commits "
+                f"({', '.join(sorted(map(_short, commits)))}), with the same code for what "
+                "determines them; seconds may differ."
+            )
         for result in self.comparison.results:
             if result.error:
                 said.append(f"No result for {result.cell}: {result.error}")
@@ -270,6 +279,15 @@ def _name(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
+def _short(commit: str) -> str:
+    """
+    >>> _short("0123456789abcdef-dirty")
+    '0123456-dirty'
+    """
+    name, dash, state = commit.partition("-")
+    return f"{name[:7]}{dash}{state}"
+
+
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -286,8 +304,16 @@ def escape_latex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _markdown(text: str) -> str:
-    return _one_line(text).replace("|", r"\|")
+_MARKDOWN = re.compile(r"([\\`*_\[\]#|~<>&$])")
+
+
+def escape_markdown(text: str) -> str:
+    r"""Text as Markdown shows it, without HTML, links, emphasis or columns of its own.
+
+    >>> print(escape_markdown("a_b <script> | 50%"))
+    a\_b \<script\> \| 50%
+    """
+    return _MARKDOWN.sub(r"\\\1", _one_line(text))
 
 
 def _one_line(text: str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..errors import InvalidSettings, near_match
+from ..errors import InvalidSettings, near_match, shown
+from ..files import read_yaml
 from ..methods import (
     DEFAULT_METHOD,
     METHODS,
@@ -18,6 +18,7 @@ from ..methods import (
     method_named,
     settings_fields,
 )
+from ..parsing import ParsingError, parse_yaml
 from ..settings import PruneSettings
 
 PLAIN = {"compensation": "none", "allocation": "adaptive", "amplitude": 0.0}
@@ -34,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Name -> settings that differ from the defaults, or from those of a `preset`. Every method of the
 library is a variant under its own name, too."""
 DEFAULT_VARIANTS = ("best", "paper", "uniform", "magnitude", "random")
+
+MOST_VALUES, LONGEST_NAME = 100, 100
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,24 @@ def read_methods(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         InvalidSettings: naming the file and what is wrong in it.
     """
-    try:
-        methods = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSettings(f"Variants '{file}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise InvalidSettings(f"Variants '{file}' is not YAML: {text}") from error
+    methods = read_yaml(file, "variants", InvalidSettings)
     if not isinstance(methods, dict) or not methods:
         raise InvalidSettings(
             f"Variants '{file}' must map names to settings, such as `mine: {{steps: 5}}`; "
-            f"got {methods!r:.80}."
+            f"got {shown(methods)}."
         )
     for name, values in methods.items():
         if values is not None and not isinstance(values, dict):
             raise InvalidSettings(
-                f"Variants '{file}': '{name}' must be a mapping of settings; got {values!r:.80}."
+                f"Variants '{file}': {shown(str(name))} must be a mapping of settings; got "
+                f"{shown(values)}."
             )
-    return {str(name): values or {} for name, values in methods.items()}
+        if not isinstance(name, str) or not 0 < len(name.strip()) <= LONGEST_NAME:
+            raise InvalidSettings(
+                f"Variants '{file}': a name must be text of 1 to {LONGEST_NAME} characters; got "
+                f"{shown(name)}."
+            )
+    return {name: values or {} for name, values in methods.items()}
 
 
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
@@ -80,14 +83,21 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
     """
     name, equals, values = text.partition("=")
     name = name.strip().replace("-", "_")
-    listed = [yaml.safe_load(value) for value in values.split(",") if value.strip()]
+    try:
+        listed = [parse_yaml(value) for value in values.split(",") if value.strip()]
+    except ParsingError:
+        listed = []
     if not equals or not listed:
-        raise InvalidSettings(f"A sweep reads such as amplitude=0,0.01,0.02; got '{text}'.")
+        raise InvalidSettings(f"A sweep reads such as amplitude=0,0.01,0.02; got {shown(text)}.")
+    if len(listed) > MOST_VALUES:
+        raise InvalidSettings(
+            f"A sweep takes at most {MOST_VALUES} values; got {len(listed)} of {shown(name)}."
+        )
     if name == "seed":
         raise InvalidSettings("Seeds are not swept but averaged over; use --seeds.")
     if name not in settings_fields():
-        hint = near_match(name, settings_fields())
-        raise InvalidSettings(f"There is no setting '{name}' to vary.{hint}")
+        hint = near_match(name[:100], settings_fields())
+        raise InvalidSettings(f"There is no setting {shown(name)} to vary.{hint}")
     return name, listed
 
 
@@ -107,11 +117,14 @@ def make_variants(
         InvalidSettings: for an unknown method, setting or value.
     """
     sweeps = list(sweeps)
+    count = math.prod(len(values) for _, values in sweeps)
+    if count > MOST_VALUES**2:
+        raise InvalidSettings(f"A grid of {count:,} settings is too large; sweep fewer values.")
     variants = []
     for name in dict.fromkeys(names or methods):
         if name not in methods:
             raise InvalidSettings(
-                f"There is no method '{name}'.{near_match(name, methods)} "
+                f"There is no method {shown(name)}.{near_match(name[:100], methods)} "
                 f"Known: {', '.join(methods)}."
             )
         for values in product(*(values for _, values in sweeps)):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model.axes import Axis, AxisKey, Slot
 from ..model.edits import Keep, entries_of
+from ..precision import in_float64
 from ..score.gram import InverseGram, factorise
 from ..score.observers import Gram
 
@@ -52,9 +53,11 @@ def refit_output(weight: Tensor, kept_C: Tensor, inverse: InverseGram) -> None:
     matrix_CC = inverse.matrix_CC
     kept = kept_C.nonzero().flatten().to(matrix_CC.device)
     gone = (~kept_C).nonzero().flatten().to(matrix_CC.device)
-    gone_RC = matrix_CC[gone].double()
-    factor_RR = factorise(gone_RC[:, gone])
-    weight_DR = weight[:, gone.to(weight.device)].to(gone_RC)
-    update_DK = torch.cholesky_solve(weight_DR.T, factor_RR).T @ gone_RC[:, kept]
+    gone_RC = in_float64(matrix_CC[gone])
+    place = gone_RC.device
+    factor_RR = factorise(gone_RC[:, gone.to(place)])
+    weight_DR = in_float64(weight[:, gone.to(weight.device)]).to(place)
+    update_DK = torch.cholesky_solve(weight_DR.T, factor_RR).T @ gone_RC[:, kept.to(place)]
     kept = kept.to(weight.device)
-    weight[:, kept] = (weight[:, kept] - update_DK.to(weight.device)).to(weight)
+    refitted_DK = weight[:, kept].to(place) - update_DK
+    weight[:, kept] = refitted_DK.to(weight.dtype).to(weight.device)

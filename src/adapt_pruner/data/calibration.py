@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, DataError, shown
 from . import pydocs
-from .reading import DOCUMENT_SEPARATOR, READERS, explain_hub, files_in
+from .reading import (
+    DOCUMENT_SEPARATOR,
+    READERS,
+    explain_hub,
+    files_in,
+    local_path,
+    local_rows,
+)
 from .reading import EMBEDDED as EMBEDDED
 
 
@@ -143,21 +150,20 @@ def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Ite
     if source == EMBEDDED:
         yield from _shuffled(list(pydocs.documents("train")), seed)
         return
-    path = Path(source).expanduser()
-    if path.exists():
-        files = files_in(path)
-        plain = [file for file in files if file.suffix == ".txt"]
-        yield from _shuffled([d for file in plain for d in split_documents(_read(file))], seed)
-        for reader in ("json", "parquet"):
-            chosen = [file for file in files if READERS[file.suffix] == reader]
-            if chosen:
-                yield from _read_rows(reader, chosen, source, text_column, seed)
+    try:
+        path = local_path(source)
+    except DataError as error:
+        raise CalibrationError(str(error)) from None
+    if path is None:
+        yield from _read_rows(None, source, text_column, seed)
         return
-    if path.is_absolute() or path.suffix in READERS or source.startswith((".", "~")):
-        raise CalibrationError(
-            f"There is no text file or directory '{source}'. Name one that exists."
-        )
-    yield from _read_rows(source, None, source, text_column, seed)
+    files = files_in(path)
+    plain = [file for file in files if file.suffix == ".txt"]
+    yield from _shuffled([d for file in plain for d in split_documents(_read(file))], seed)
+    for reader in ("json", "parquet"):
+        chosen = [file for file in files if READERS[file.suffix] == reader]
+        if chosen:
+            yield from _read_rows(chosen, source, text_column, seed)
 
 
 def split_documents(text: str) -> list[str]:
@@ -177,49 +183,63 @@ def _read(file: Path) -> str:
         raise CalibrationError(f"'{file}' cannot be read: {error.strerror}.") from error
 
 
-def _read_rows(
-    name: str, files: list[Path] | None, source: str, column: str, seed: int
-) -> Iterator[str]:
-    try:
-        for row in _stream(name, files).shuffle(seed=seed, buffer_size=10_000):
-            if column not in row:
-                raise CalibrationError(
-                    f"'{source}' has no column '{column}'; it has {', '.join(sorted(row))}. "
-                    "Name one with --text-column."
-                )
-            if not isinstance(row[column], str | None):
-                raise CalibrationError(
-                    f"Column '{column}' of '{source}' holds {row[column]!r}, which is not text. "
-                    "Name another with --text-column."
-                )
-            if row[column] and row[column].strip():
-                yield row[column]
-    except CalibrationError:
-        raise
-    except Exception as error:
-        raise CalibrationError(_explain(error, name, files, source)) from error
+def _read_rows(files: list[Path] | None, source: str, column: str, seed: int) -> Iterator[str]:
+    """The texts of local files, or of a data set on the hub, in a seeded random order."""
+    lacking, is_known = 0, False
+    for row in _stream(files, source, seed):
+        if column in row:
+            is_known = True
+            yield from _text_in(row, source, column)
+            continue
+        lacking += 1
+        if not is_known and (files is None or lacking == PATIENCE):
+            raise CalibrationError(_no_column(source, column, row))
+    if lacking and not is_known:
+        raise CalibrationError(_no_column(source, column, row))
 
 
-def _stream(name: str, files: list[Path] | None) -> Any:
+PATIENCE = 1_000
+"""Rows without the column of the text, after which there is none; single rows may lack it."""
+
+
+def _text_in(row: dict[str, Any], source: str, column: str) -> Iterator[str]:
+    text = row[column]
+    if not isinstance(text, str | None):
+        raise CalibrationError(
+            f"Column '{column}' of '{source}' holds {shown(text)}, which is not text. Name another "
+            "with --text-column."
+        )
+    if text and text.strip():
+        yield text
+
+
+def _no_column(source: str, column: str, row: dict[str, Any]) -> str:
+    has = ", ".join(sorted(map(str, row))[:20]) or "none"
+    return f"'{source}' has no column '{column}'; it has {has}. Name one with --text-column."
+
+
+def _stream(files: list[Path] | None, source: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows, shuffled by `datasets`: the order of files, and the rows in a buffer."""
     import datasets
 
-    options: dict[str, Any] = {"data_files": [str(file) for file in files]} if files else {}
-    return datasets.load_dataset(name, split="train", streaming=True, **options)
-
-
-def _explain(error: Exception, name: str, files: list[Path] | None, source: str) -> str:
-    if files is None:
-        return explain_hub(source, error)
-    text = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-    damaged = next((file for file in files if not _is_readable(name, file)), files[0])
-    return f"'{damaged}' cannot be read: {text}. Correct the file, or leave it out."
-
-
-def _is_readable(name: str, file: Path) -> bool:
     try:
-        return all(True for _ in _stream(name, [file]))
-    except Exception:
-        return False
+        if files is None:
+            data: Any = datasets.load_dataset(source, split="train", streaming=True)
+        else:
+            # A list is what `datasets` takes for shards, of which it shuffles the order.
+            named = {"files": [str(file) for file in files]}
+            data = datasets.IterableDataset.from_generator(_values_of, gen_kwargs=named)
+        yield from data.shuffle(seed=seed, buffer_size=10_000)
+    except DataError as error:
+        raise CalibrationError(str(error)) from error
+    except Exception as error:  # of many libraries
+        raise CalibrationError(explain_hub(source, error)) from error
+
+
+def _values_of(files: list[str]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for row in local_rows(Path(file)):
+            yield row.values
 
 
 def _shuffled(items: list[str], seed: int) -> list[str]:

@@ -160,7 +160,7 @@ class DomainCache:
         return packed
 
     def _place(self, source: Source, windows: int) -> Path:
-        name = re.sub(r"[^\w.-]+", "-", source.name)
+        name = re.sub(r"[^\w.-]+", "-", source.name)[:40]
         return self.directory / f"{name}-{self.key(source, windows)}"
 
     @property

@@ -7,14 +7,18 @@ that makes documents of their values.
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, near_match
+from ..errors import DataError, near_match, shortened, shown
+from ..files import MAX_TEXT_BYTES, read_bytes
 from .reading import Row, pieces_of
 
 Spans = tuple[tuple[int, int], ...]
@@ -67,22 +71,24 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, **options
-            )
+            with at_most(TEMPLATE_SECONDS):
+                return self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.text, tokenize=False, **options
+                )
         except Exception as error:  # a template may raise anything
-            raise TemplateRefusal(" ".join(str(error).split())) from error
+            raise TemplateRefusal(shortened(str(error), 300)) from error
 
     def _marked(self, messages: list[dict[str, Any]]) -> Spans:
         """Take the places that the template itself marks with `{% generation %}`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        result: Any = render_jinja_template(
-            [messages],
-            chat_template=self.text,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        with at_most(TEMPLATE_SECONDS):
+            result: Any = render_jinja_template(
+                [messages],
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         return tuple((start, end) for start, end in result[1][0])
 
     def _compared(self, messages: list[dict[str, Any]], text: str) -> Spans:
@@ -100,6 +106,35 @@ class ChatTemplate:
             if end > start:
                 spans.append((start, end))
         return tuple(spans)
+
+
+TEMPLATE_SECONDS = 10.0
+"""A template is a program, and may loop; a real one takes a millisecond."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block when it takes longer, where there are timers: in the main
+    thread of a POSIX system, whose alarm nobody else uses."""
+    is_possible = (
+        hasattr(signal, "setitimer")
+        and threading.current_thread() is threading.main_thread()
+        and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    )
+    if not is_possible:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} s for one document")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _common(a: str, b: str) -> int:
@@ -126,11 +161,11 @@ def read_template(name: str) -> str:
     if "/" not in name and shipped.is_file():
         return shipped.read_text(encoding="utf-8")
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"Chat template '{name}' cannot be read: {error}. Name a Jinja file, or 'alpaca'."
-        ) from error
+        file = Path(name).expanduser()
+        return read_bytes(file, "chat template", DataError, MAX_TEXT_BYTES).decode("utf-8")
+    except (DataError, UnicodeDecodeError) as error:
+        reason = str(error) if isinstance(error, DataError) else f"'{name}' is not UTF-8 text."
+        raise DataError(f"{reason} Name a Jinja file, or 'alpaca'.") from error
 
 
 # From values to documents
@@ -155,7 +190,9 @@ def _instruction(values: dict[str, Any], template: ChatTemplate) -> Iterator[Doc
     if "instances" in values:
         instances = values["instances"]
         if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
-            raise ValueError(f"column 'instances' must be a list of objects; got {instances!r:.60}")
+            raise ValueError(
+                f"column 'instances' must be a list of objects; got {shown(instances)}"
+            )
     for instance in instances:
         given = (_string(values, "instruction"), _string(instance, "input"))
         prompt = "\n\n".join(part.strip() for part in given if part.strip())
@@ -173,7 +210,7 @@ def _chat(values: dict[str, Any], template: ChatTemplate) -> Iterator[Document]:
     if isinstance(messages, list) and messages:
         yield template.document([_message(message) for message in messages])
     elif messages:
-        raise ValueError(f"messages must be a list of role and content; got {messages!r:.60}")
+        raise ValueError(f"messages must be a list of role and content; got {shown(messages)}")
 
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
@@ -182,11 +219,11 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "as
 def _message(message: Any) -> dict[str, Any]:
     """A message with role and content, of which ShareGPT's from and value are another form."""
     if not isinstance(message, dict):
-        raise ValueError(f"a message must have role and content; got {message!r:.60}")
+        raise ValueError(f"a message must have role and content; got {shown(message)}")
     role, content = message.get("role", message.get("from")), message.get("content")
     content = message.get("value") if content is None else content
     if not isinstance(role, str) or not isinstance(content, str | None):
-        raise ValueError(f"a message must have role and content as text; got {message!r:.60}")
+        raise ValueError(f"a message must have role and content as text; got {shown(message)}")
     known = {"role": ROLES.get(role, role), "content": content or ""}
     calls = {key: message[key] for key in ("tool_calls", "name") if message.get(key)}
     return {**known, **calls}
@@ -195,7 +232,7 @@ def _message(message: Any) -> dict[str, Any]:
 def _string(values: dict[str, Any], role: str) -> str:
     value = values.get(role)
     if not isinstance(value, str | None):
-        raise ValueError(f"{role} must be text; got {value!r:.60}")
+        raise ValueError(f"{role} must be text; got {shown(value)}")
     return value or ""
 
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import DataError, near_match
+from ..errors import DataError, near_match, shown
 from ..files import read_yaml
+from ..limits import Loss, Name, Weight, message_of
 from .formats import FORMATS
 from .reading import EMBEDDED, READERS, local_path
 
@@ -25,19 +26,18 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Annotated[
-        str,
+        Name,
         Field(
-            min_length=1,
             description="Hub data set, local txt, jsonl, json or parquet file or directory, or "
             "'pydocs'; relative to the mixture file.",
         ),
     ]
-    name: Annotated[str, Field(description="Name of the domain; default: from the path.")] = ""
+    name: Annotated[
+        str, Field(max_length=200, description="Name of the domain; default: from the path.")
+    ] = ""
     weight: Annotated[
-        float,
-        Field(
-            ge=0, strict=True, allow_inf_nan=False, description="Share of the tokens, any scale."
-        ),
+        Weight,
+        Field(strict=True, description="Share of the tokens, any scale."),
     ] = 1.0
     format: Annotated[
         FormatName,  # pyright: ignore[reportInvalidTypeForm]
@@ -47,11 +47,11 @@ class Source(BaseModel):
         dict[str, str],
         Field(description="Columns of unusual names by role, such as {text: body}."),
     ] = {}
-    subset: Annotated[str | None, Field(description="Configuration of a hub data set.")] = None
-    split: Annotated[str | None, Field(description="Split of a hub data set; default: train.")] = (
+    subset: Annotated[Name | None, Field(description="Configuration of a hub data set.")] = None
+    split: Annotated[Name | None, Field(description="Split of a hub data set; default: train.")] = (
         None
     )
-    revision: Annotated[str | None, Field(description="Commit or tag of a hub data set.")] = None
+    revision: Annotated[Name | None, Field(description="Commit or tag of a hub data set.")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +74,9 @@ class Mixture(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1, description="The domains.")]
+    sources: Annotated[
+        tuple[Source, ...], Field(min_length=1, max_length=1_000, description="The domains.")
+    ]
     policy: Annotated[
         Literal["fixed", "dynamic"],
         Field(
@@ -83,11 +85,11 @@ class Mixture(BaseModel):
         ),
     ] = "fixed"
     reference_losses: Annotated[
-        dict[str, float],
+        dict[Name, Loss],
         Field(description="Loss to reach per domain, in nats; default: the source model's."),
     ] = {}
     default_chat_template: Annotated[
-        str | None,
+        Name | None,
         Field(description="Jinja file, or 'alpaca', for tokenizers without a chat template."),
     ] = None
 
@@ -139,7 +141,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(
             f"Mixture '{file}' must be a mapping such as `sources: [{{path: a.txt}}]`; "
-            f"got {content!r:.60}."
+            f"got {shown(content)}."
         )
     return content
 
@@ -151,9 +153,7 @@ def _make(content: dict[str, Any], name: str, directory: Path) -> Mixture:
     except ValidationError as error:
         raise DataError(f"{name}: {_explain(error)}") from None
     except TypeError:
-        raise DataError(
-            f"{name}: keys must be text; got {', '.join(map(repr, content))}."
-        ) from None
+        raise DataError(f"{name}: keys must be text; got {shown(list(content))}.") from None
     sources = mixture.sources
     names = [source.name for source in sources]
     if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -225,6 +225,6 @@ def _explain(error: ValidationError) -> str:
         known = (
             problem.get("ctx", {})["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         )
-        hint = near_match(str(problem["input"]), known)
-        return f"{where}{name}: got '{problem['input']}'.{hint} Known: {', '.join(known)}."
-    return f"{where}{name}: {problem['msg']}; got {problem['input']!r:.60}."
+        hint = near_match(shown(problem["input"]), known)
+        return f"{where}{name}: got {shown(problem['input'])}.{hint} Known: {', '.join(known)}."
+    return f"{where}{name}: {message_of(problem)}; got {shown(problem['input'])}."

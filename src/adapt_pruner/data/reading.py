@@ -6,7 +6,6 @@ memory but the buffer that shuffles.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, shown
+from ..parsing import ParsingError, parse_json
 from . import pydocs
 
 EMBEDDED = "pydocs"
@@ -25,6 +25,8 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "te
 
 LONGEST_DOCUMENT = 1_000_000
 """Characters; longer texts are taken as several documents, so that none fills the memory."""
+LONGEST_LINE, LONGEST_ARRAY = 1 << 28, 1 << 32
+"""Bytes of a line, and of a file that is one JSON value: both are held in memory."""
 SHUFFLE_ROWS, SHUFFLE_CHARACTERS = 10_000, 200_000_000
 
 
@@ -42,8 +44,12 @@ def local_path(path: str) -> Path | None:
     Raises:
         DataError: for a name that looks like a path but is none.
     """
-    place = Path(path).expanduser()
-    if place.exists():
+    try:
+        place = Path(path).expanduser()
+        is_there = place.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise DataError(f"There is no text file or directory {shown(path)}.") from error
+    if is_there:
         return place
     if place.is_absolute() or place.suffix in READERS or path.startswith((".", "~")):
         raise DataError(f"There is no text file or directory '{path}'. Name one that exists.")
@@ -135,13 +141,22 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
+def local_rows(file: Path) -> Iterator[Row]:
+    """The rows of one file, in its order.
+
+    Raises:
+        DataError: naming file and line of what cannot be read.
+    """
+    try:
+        yield from _READ[file.suffix](file)
+    except OSError as error:
+        raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from error
+
+
 def _rows_of(files: list[Path], seed: int) -> Iterator[Row]:
     random.Random(seed).shuffle(files)
     for file in files:
-        try:
-            yield from _READ[file.suffix](file)
-        except OSError as error:
-            raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from error
+        yield from local_rows(file)
 
 
 def _plain_documents(file: Path) -> Iterator[Row]:
@@ -191,31 +206,37 @@ def _undecodable_line(file: Path) -> int:
 
 def _json_lines(file: Path) -> Iterator[Row]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
+        number = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            place = f"'{file}' line {number}"
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"{place} has more than {LONGEST_LINE >> 20} MB. Cut its text into documents."
+                )
             if line.strip():
-                place = f"'{file}' line {number}"
-                try:
-                    values = json.loads(line)  # bytes: a byte order mark is no error
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{place} is not UTF-8 text. Convert the file.") from error
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{place} is not valid JSON: {error.msg} (column {error.colno}). Correct "
-                        "the line, or leave it out."
-                    ) from error
-                yield _row(values, place)
+                yield _row(_parsed(line, place, "the line"), place)
+
+
+def _parsed(content: bytes, place: str, what: str) -> Any:
+    try:
+        return parse_json(content, allow_nan=True)
+    except ParsingError as error:
+        raise DataError(f"{place} is {error}. Correct {what}, or leave it out.") from error
 
 
 def _json_file(file: Path) -> Iterator[Row]:
     with file.open("rb") as stream:
-        start = stream.read(1 << 16).lstrip()
+        start = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
         yield from _json_lines(file)
         return
-    try:
-        records = json.loads(file.read_bytes())
-    except ValueError as error:  # names line and column
-        raise DataError(f"'{file}' is not valid JSON: {error}. Correct the file.") from error
+    if file.stat().st_size > LONGEST_ARRAY:
+        raise DataError(
+            f"'{file}' is one JSON array of more than {LONGEST_ARRAY >> 30} GB. Write its records "
+            "as lines (jsonl)."
+        )
+    records = _parsed(file.read_bytes(), f"'{file}'", "the file")
     for number, values in enumerate(records, 1):
         yield _row(values, f"'{file}' record {number}")
 
@@ -239,9 +260,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 def _row(values: Any, place: str) -> Row:
     if not isinstance(values, dict):
-        raise DataError(
-            f'{place} must be an object such as {{"text": ...}}; got {json.dumps(values):.60}.'
-        )
+        raise DataError(f'{place} must be an object such as {{"text": ...}}; got {shown(values)}.')
     return Row(values, place)
 
 

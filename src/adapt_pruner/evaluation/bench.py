@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import NonFiniteError
 from ..settings import BenchSettings
 from .speed import Speed, compare_speed, fitting_prompt, generate, random_prompt
 
@@ -51,8 +52,13 @@ def compare_costs(
     """Measure all models in one run; time is taken in turns (`compare_speed`).
 
     A prompt that some model could not read is shortened for all.
+
+    Raises:
+        NonFiniteError: for weights that are NaN or infinite; their speed means nothing.
     """
     models, settings = list(models), settings or BenchSettings()
+    for model in models:
+        check_finite(model)
     new_tokens, batch_size = settings.new_tokens, settings.batch_size
     prompt_tokens = fitting_prompt(models, settings.prompt_tokens, new_tokens)
     speeds = compare_speed(
@@ -77,6 +83,18 @@ def compare_costs(
             )
         )
     return costs
+
+
+def check_finite(model: Any) -> None:
+    """Raise NonFiniteError if a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter.sum()):
+            if torch.isfinite(parameter).all():  # only the sum is too large
+                continue
+            raise NonFiniteError(
+                f"{name} of '{model.config._name_or_path}' holds NaN or infinity: the weights are "
+                "damaged. Copy or download them again."
+            )
 
 
 def _bytes_of(tensors: Any) -> int:

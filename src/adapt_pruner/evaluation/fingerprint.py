@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from .. import __version__
 from ..errors import UnsupportedModel
+from ..model.checks import weight_files
 from ..model.loading import commit_of, load_config, reading, resolve_name
 from .store import digest
 
@@ -48,7 +49,7 @@ def of_name(name: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[
 
     Returns None where only loading can tell.
     """
-    config = load_config(name, trust_remote_code)
+    config = load_config(name, trust_remote_code, prunable=False)
     directory = Path(resolve_name(name))
     if not directory.is_dir():
         commit = commit_of(name)
@@ -137,12 +138,7 @@ def _weight_files(directory: Path) -> list[Path]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file() or not index.is_file():
         return [single]
-    return [directory / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    with reading(str(file.parent), "weights"):
-        return json.loads(file.read_text(encoding="utf-8"))
+    return weight_files(directory)
 
 
 def _of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -6,38 +6,25 @@ Tasks run one by one, so that each result can be kept as soon as it is there.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import io
 import json
-import logging
-import math
-import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval.api.task
 import lm_eval.tasks
-import numpy as np
-import torch
-from lm_eval.evaluator import evaluate
 from lm_eval.evaluator_utils import get_sample_size
-from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 
-from ..data.calibration import check_vocabulary
-from ..errors import AdaptPrunerError, EvaluationError, NonFiniteError, near_match
+from ..errors import EvaluationError, near_match
 from ..settings import EvaluationSettings
 from . import fingerprint, task_data
+from .lm_eval_calls import explained, hushed
 from .store import digest
 from .suites import SUITES, Benchmark
 
@@ -108,7 +95,7 @@ def _manager(rows: Sequence[Wanted], more: Sequence[Path] = ()) -> TaskManager:
     root = Path(lm_eval.tasks.__file__).parent
     folders = sorted({root / b.folder for suite in SUITES.values() for b in suite.benchmarks})
     names = [name for row in rows for name in row.tasks]
-    with _hushed():
+    with hushed():
         manager = TaskManager(include_path=[*folders, *more], include_defaults=False)
         if not manager.task_index.keys() >= set(names):
             manager = TaskManager(include_path=list(more))
@@ -169,7 +156,7 @@ def _shots(row: Wanted, settings: EvaluationSettings, own: int | None) -> int:
 def _load(
     manager: TaskManager, row: Wanted, is_local: bool, settings: EvaluationSettings
 ) -> Loaded:
-    with _explained(row.name, "The data of", _hint(manager, row, is_local)), _hushed():
+    with explained(row.name, "The data of", _hint(manager, row, is_local)), hushed():
         found: list[Any] = [manager.load([name]) for name in row.tasks]
     parts: list[Any] = []
     for name, entry in zip(row.tasks, found, strict=True):
@@ -200,7 +187,7 @@ def _hint(manager: TaskManager, row: Wanted, is_local: bool) -> str:
 
 def describe_data(task: Any, settings: EvaluationSettings) -> dict[str, Any]:
     """Where a task's data comes from, and the fingerprint of all that it uses of it."""
-    rows = list(islice(task.eval_docs, _limit(task, settings)))
+    rows = list(islice(task.eval_docs, limit_of(task, settings)))
     if task.get_config("num_fewshot") and (samples := task.fewshot_docs()) is not None:
         rows += list(samples)
     arguments = task.get_config("dataset_kwargs") or {}
@@ -223,154 +210,12 @@ def definition_of(task: Any) -> str:
     return digest(json.loads(json.dumps(parts, default=str)))
 
 
-def _limit(task: Any, settings: EvaluationSettings) -> int | None:
+def limit_of(task: Any, settings: EvaluationSettings) -> int | None:
+    share, count = settings.limit, len(task.eval_docs)
+    if share and share * count < 1:
+        raise EvaluationError(
+            f"limit: a share of {share:g} of the {count} items of '{task.config.task}' is less "
+            "than one. Raise it, or give a number of items."
+        )
     size: Any = get_sample_size(task, settings.limit)  # type: ignore[arg-type]
     return int(size) if size else None
-
-
-_HFLM: Any = huggingface.HFLM
-
-
-class Harnessed(_HFLM):
-    """lm-eval's Hugging Face model, without its own progress bars, and with a watchful eye."""
-
-    on_progress: Callable[[int, int | None], None] = staticmethod(lambda done, total: None)
-
-    def __init__(self, model: Any, tokenizer: Any, settings: EvaluationSettings):
-        on_cpu = model.device.type == "cpu"
-        automatic = settings.batch_size == "auto"
-        with _hushed():
-            super().__init__(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a padding token
-                # On the CPU lm-eval's "auto" would try 64 full-length windows at once.
-                batch_size=1 if automatic and on_cpu else settings.batch_size,
-                max_length=settings.max_length,
-            )
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        if self.prefix_token_id is None:
-            raise EvaluationError(
-                "The tokenizer has neither a token that begins nor one that ends a text; lm-eval "
-                "needs one. Is it the tokenizer of this model?"
-            )
-
-    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        ids = super().tok_encode(string, *args, **kwargs)
-        check_vocabulary(max(ids, default=0), self.vocabulary)
-        return ids
-
-    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any):
-        ids, mask = super().tok_batch_encode(strings, *args, **kwargs)
-        check_vocabulary(int(ids.max()), self.vocabulary)
-        return ids, mask
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        self._count(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        self._count(None)  # windows, whose number shows when the texts are tokenised
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        self._count(len(requests))
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs["disable_tqdm"] = True
-        longest = max((len(continuation) for _, _, continuation in requests), default=0)
-        if longest > self.max_length:
-            raise EvaluationError(
-                f"An answer of this task has {longest} tokens, and the model reads at most "
-                f"{self.max_length}; lm-eval cannot score it. Measure other tasks, or fewer items."
-            )
-        found = super()._loglikelihood_tokens(requests, *args, **kwargs)
-        if any(math.isnan(value) for value, _ in found):
-            raise NonFiniteError("The model puts out NaN. Try --dtype float32.")
-        return found
-
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._advance(len(inps))
-        return super()._model_call(inps, *args, **kwargs)
-
-    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._advance(len(context))
-        return super()._model_generate(context, *args, **kwargs)
-
-    def _count(self, total: int | None) -> None:
-        self._done, self._total = 0, total
-
-    def _advance(self, number: int) -> None:
-        self._done += number
-        self.on_progress(self._done, self._total)
-
-
-def run_task(lm: Harnessed, task: Any, settings: EvaluationSettings) -> dict[str, Any]:
-    """Run one task and return its metrics as lm-eval reports them.
-
-    Raises:
-        EvaluationError, NonFiniteError: if lm-eval cannot run it, or the model breaks.
-    """
-    seeds = SEEDS if settings.seed is None else [settings.seed] * 4
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])
-    torch.manual_seed(seeds[2])
-    name = task.task_name
-    chosen: Any = {"tasks": {name: task}, "groups": {}, "group_map": {}}
-    limit: Any = settings.limit
-    with _explained(name, "Task"), _hushed():
-        if "data_files" in (task.get_config("dataset_kwargs") or {}):
-            task_data.check_labels(task, _limit(task, settings))
-        try:
-            results: Any = evaluate(lm=lm, task_dict=chosen, limit=limit, log_samples=False)
-        except OverflowError:
-            raise NonFiniteError(
-                f"The perplexity of task '{name}' is beyond what a float can hold: the model is "
-                "broken, or the tokenizer is another model's."
-            ) from None
-    metrics = {k: v for k, v in results["results"][name].items() if k not in ("alias", "name")}
-    if any(isinstance(value, float) and not math.isfinite(value) for value in metrics.values()):
-        raise NonFiniteError(f"Task '{name}' measured {metrics}. Try --dtype float32.")
-    return {
-        "metrics": metrics,
-        "higher_is_better": results["higher_is_better"].get(name, {}),
-        "num_samples": results["n-samples"][name]["effective"],
-        "max_length": lm.max_length,
-        "batch_sizes": sorted(set(lm.batch_sizes.values())) or [lm.batch_size],
-    }
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep lm-eval's notices and bars out of the output; what goes wrong is raised."""
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-        lm_eval.api.task.tqdm = tqdm
-
-
-@contextmanager
-def _explained(name: str, what: str, hint: str = "") -> Iterator[None]:
-    """Turn what lm-eval and datasets raise into one EvaluationError of a sentence."""
-    try:
-        yield
-    except (AdaptPrunerError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if "out of memory" in str(error).lower():
-            raise
-        cause = error.__cause__ or error  # datasets hides the reason behind a general message
-        text = " ".join(str(cause).split()).rstrip(".") or "no reason given"
-        of = f"{what} task '{name}'" if what != "Task" else f"Task '{name}'"
-        raise EvaluationError(
-            f"{of} cannot be used: {type(cause).__name__}: {text[:300]}.{hint}"
-        ) from error

@@ -3,79 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.calibration import EMBEDDED
 from ..errors import EvaluationError, InvalidSettings, MissingExtra, WritingError
-from ..model.loading import (
-    check_causal,
-    describe_device,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from ..model.loading import describe_device
 from ..settings import EvaluationSettings, make_evaluation_settings
-from . import fingerprint
+from . import code, fingerprint
 from .perplexity import evaluation_texts, perplexity
+from .scores import Evaluation, Score, average, scores_of
 from .store import Record, ResultStore
+from .subject import Subject
 from .suites import Suite, find_suites
 
 if TYPE_CHECKING:
-    from .harness import Loaded, Wanted
+    from .harness import Loaded
 
 HUB_DOCUMENTS = 10_000
 """Documents of a data set on the hub that are measured unless a limit says otherwise."""
 
 Paths = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure."""
-
-    name: str
-    """The benchmark as the papers call it, the task, or the text's file."""
-    metric: str
-    value: float
-    """As lm-eval reports it: accuracies in [0, 1]."""
-    stderr: float | None
-    """Standard error of the value; None where lm-eval has none."""
-    num_fewshot: int | None
-    num_samples: int
-    higher_is_better: bool
-
-
-@dataclass
-class Evaluation:
-    """What a model scored, and everything needed to score it again."""
-
-    model: str
-    parameters: int
-    scores: list[Score]
-    settings: EvaluationSettings
-    records: list[Record] = field(default_factory=list)
-    """Per task or text: the key that determines the result, the result, date and git hash."""
-    num_cached: int = 0
-    """How many of the records were there already."""
-
-    def score(self, name: str, metric: str | None = None) -> Score:
-        """Find a figure by the name of its benchmark, task, text or average."""
-        return next(s for s in self.scores if s.name == name and metric in (None, s.metric))
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "parameters": self.parameters,
-            "scores": [asdict(score) for score in self.scores],
-            "settings": self.settings.model_dump(mode="json"),
-            "records": [asdict(record) for record in self.records],
-        }
 
 
 class EvaluationListener:
@@ -155,72 +105,6 @@ def evaluate(
     )
 
 
-class Subject:
-    """The model measured: its weights are loaded when the first result is missing."""
-
-    def __init__(
-        self, model: Any, tokenizer: Any, settings: EvaluationSettings, trust_remote_code: bool
-    ):
-        self.settings, self.trust_remote_code = settings, trust_remote_code
-        self._model: Any = None
-        if isinstance(model, (str, os.PathLike)):
-            self.name = os.fspath(model)
-            self.config = load_config(self.name, trust_remote_code)
-        else:
-            self._model, self.config = model, model.config
-            self.name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        check_causal(self.config)
-        if tokenizer is None and self._model is not None:
-            raise InvalidSettings("A model in memory needs its tokenizer; got None.")
-        self.tokenizer = (
-            load_tokenizer(self.name, trust_remote_code) if tokenizer is None else tokenizer
-        )
-        if self._model is not None:
-            self.device = str(self._model.device)
-        else:
-            self.device = settings.device_map or resolve_device(settings.device)
-        self._key: dict[str, Any] | None = None
-
-    @classmethod
-    def of(cls, model: Any, *arguments: Any) -> Subject:
-        return model if isinstance(model, cls) else cls(model, *arguments)
-
-    @property
-    def model(self) -> Any:
-        if self._model is None:
-            dtype = "stored" if self.settings.dtype == "auto" else self.settings.dtype
-            self._model = load_model(
-                self.name,
-                dtype,
-                self.device if self.settings.device_map is None else "cpu",
-                self.settings.device_map,
-                self.trust_remote_code,
-                prunable=False,
-            )
-        return self._model
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What the model contributes to the key of a result."""
-        if self._key is None:
-            known = None
-            if self._model is None:
-                known = fingerprint.of_name(self.name, self.tokenizer, self.trust_remote_code)
-            self._key = {
-                "model": known or fingerprint.of_model(self.model, self.tokenizer),
-                "dtype": self._dtype(),
-                "device": self.device.split(":")[0],
-            }
-        return self._key
-
-    def _dtype(self) -> str:
-        if self._model is not None:
-            return str(self._model.dtype).removeprefix("torch.")
-        stored = getattr(self.config, "dtype", None)
-        dtype = stored if self.settings.dtype == "auto" else self.settings.dtype
-        return str(dtype or self.model.dtype).removeprefix("torch.")
-
-
 class _Run:
     """One evaluation: looks results up, measures what is missing, keeps it."""
 
@@ -257,7 +141,7 @@ class _Run:
                 ]
                 scores += measured
                 scores += (
-                    _average(label, [s for s in measured if s.name in members])
+                    average(label, [s for s in measured if s.name in members])
                     for label, members in suite.averages.items()
                 )
             scores += (score for row in left for score in self._row(harness, row, count))
@@ -268,7 +152,7 @@ class _Run:
         for name, task in row.tasks.items():
             self.listener.on_task(name, len(self.records), count)
             metrics[name] = self._task(harness, name, task).result["metrics"]
-        yield from _scores(row, metrics, self.records[-len(row.tasks) :])
+        yield from scores_of(row, metrics, self.records[-len(row.tasks) :])
 
     def _task(self, harness: Any, name: str, task: Any) -> Record:
         data = harness.describe_data(task, self.settings)
@@ -285,15 +169,18 @@ class _Run:
             "batch_size": self.settings.batch_size,
             "seed": self.settings.seed,
             "versions": fingerprint.versions("datasets", "lm-eval"),
+            "code": code.of_modules(code.TASKS),
         }
 
         def measure() -> dict[str, Any]:
+            from . import lm_eval_model
+
             if self._lm is None:
-                self._lm = harness.Harnessed(
+                self._lm = lm_eval_model.Harnessed(
                     self.subject.model, self.subject.tokenizer, self.settings
                 )
                 self._lm.on_progress = self.listener.on_progress
-            return {**harness.run_task(self._lm, task, self.settings), "data": data}
+            return {**lm_eval_model.run_task(self._lm, task, self.settings), "data": data}
 
         return self._keep(key, measure)
 
@@ -319,6 +206,7 @@ class _Run:
             "stride": stride,
             "batch_size": self.settings.batch_size,
             "versions": fingerprint.versions(),
+            "code": code.of_modules(code.TEXT),
         }
 
         def measure() -> dict[str, Any]:
@@ -351,7 +239,14 @@ class _Run:
         if limit and limit >= 1:
             most = int(limit)
         documents = evaluation_texts(source, self.settings.text_column, most)
-        return documents[: math.ceil(limit * len(documents))] if limit and limit < 1 else documents
+        if not limit or limit >= 1:
+            return documents
+        if documents and limit * len(documents) < 1:
+            raise InvalidSettings(
+                f"limit: a share of {limit:g} of {len(documents)} documents is less than one. "
+                "Raise it, or give a number of documents."
+            )
+        return documents[: math.ceil(limit * len(documents))]
 
     def _keep(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> Record:
         record = self.store.read(key)
@@ -385,56 +280,6 @@ def _import_harness() -> Any:
             "pip install 'adapt-pruner[eval]'. Texts can be measured without it."
         ) from error
     return harness
-
-
-def _scores(
-    row: Loaded, metrics: dict[str, dict[str, Any]], records: Sequence[Record]
-) -> Iterator[Score]:
-    wanted: Wanted = row.wanted
-    parts = row.values_of(metrics)
-    names = [wanted.metric] if wanted.metric else _metrics_of(parts[0])
-    for metric in names:
-        values = [part[metric] for part in parts if metric in part]
-        if len(values) < len(parts):
-            raise EvaluationError(
-                f"lm-eval reports no '{metric}' for '{wanted.name}'; it has "
-                f"{', '.join(_metrics_of(parts[0]))}."
-            )
-        errors = [part.get(_stderr(metric)) for part in parts]
-        plain = metric.split(",")[0]
-        better = [record.result["higher_is_better"].get(plain) for record in records]
-        yield Score(
-            wanted.name,
-            metric.removesuffix(",none"),
-            sum(values) / len(values),
-            _mean_error(errors),
-            records[0].key["num_fewshot"],
-            sum(record.result["num_samples"] for record in records),
-            better[0] is not False and "perplexity" not in plain,
-        )
-
-
-def _metrics_of(values: dict[str, Any]) -> list[str]:
-    return [name for name in values if "," in name and "_stderr," not in name]
-
-
-def _stderr(metric: str) -> str:
-    name, _, filtered = metric.partition(",")
-    return f"{name}_stderr,{filtered}"
-
-
-def _mean_error(errors: Sequence[Any]) -> float | None:
-    """Standard error of a mean of independent figures."""
-    if not errors or not all(isinstance(error, (int, float)) for error in errors):
-        return None
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
-
-
-def _average(label: str, scores: Sequence[Score]) -> Score:
-    value = sum(score.value for score in scores) / len(scores)
-    error = _mean_error([score.stderr for score in scores])
-    samples = sum(score.num_samples for score in scores)
-    return Score(label, "mean", value, error, None, samples, True)
 
 
 def _listed(value: Any) -> list[Any]:

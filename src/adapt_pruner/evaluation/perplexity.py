@@ -18,6 +18,7 @@ from torch import nn
 from ..data import pydocs
 from ..data.calibration import EMBEDDED, check_vocabulary, read_documents
 from ..errors import CalibrationError, NonFiniteError
+from ..precision import in_float64
 
 Window = tuple[list[int], int]
 """Token ids, and how many of the last ones are scored; those before them are context."""
@@ -161,7 +162,7 @@ def _window_losses(
             loss = F.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].to(logits.device).flatten(), reduction="none"
             )
-            losses[chosen] = loss.view(len(chosen), -1).double().sum(dim=1).cpu()
+            losses[chosen] = in_float64(loss.view(len(chosen), -1)).sum(dim=1).cpu()
             on_progress(start + len(chosen), len(order))
     finally:
         model.train(training)

@@ -50,7 +50,7 @@ class ResultStore:
         key = _plain(key)
         try:
             record = Record(**json.loads(self._file(key).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
         return record if record.key == key and isinstance(record.result, dict) else None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import InvalidSettings, near_match
 from ..registry import Registry
-from ..settings import PruneSettings, checked
+from ..settings import PruneSettings, build
 from . import adapt_pruner
 from .base import Limits as Limits
 from .base import Method as Method
@@ -56,7 +56,7 @@ def make_settings(
                 "take that method."
             )
     start = row.presets[preset] if preset is not None else next(iter(row.presets.values()), {})
-    return checked(row.settings, {"method": method, **start, **values})
+    return build(row.settings, {"method": method, **start, **values})
 
 
 def owners_of(setting: str) -> list[str]:

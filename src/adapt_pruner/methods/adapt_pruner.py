@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from ..allocate.chains import Limits, Removal, build_chains, remove_ranked
@@ -14,12 +16,21 @@ from ..allocate.schedules import AdaptiveSchedule, sizes_after_steps
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
 from ..errors import InvalidSettings
+from ..limits import Amplitude, Ridge, Rounds
 from ..model.anatomy import Anatomy, find_anatomy
-from ..model.axes import CUTS, LAYERS, SUBLAYERS
+from ..model.axes import CUTS, KV_GROUPS, LAYERS, SUBLAYERS, Axis, Slot
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect
 from ..score.importance import IMPORTANCES
-from ..score.observers import Distance, Gram, LayerDistance, Observer, normalise
+from ..score.observers import (
+    Distance,
+    Fisher,
+    Gram,
+    LayerDistance,
+    Observer,
+    WeightGradients,
+    normalise,
+)
 from ..settings import ImportanceName, PruneSettings
 from .base import Method, Outline, PruningStep, Work, limits_of
 
@@ -43,29 +54,34 @@ class AdaptPrunerSettings(PruneSettings):
             "or by one ranking of importance per parameter over all layers."
         ),
     ] = "global"
+    kv_scores: Annotated[
+        Literal["own", "official"],
+        Field(
+            description="Which query heads count for a KV group: its own, or those that the "
+            "official code adds to it (k, k + n, ... of n groups)."
+        ),
+    ] = "own"
     compensation: Annotated[
         Literal["none", "refit"],
         Field(description="Refit output projections on the units that stay, in closed form."),
     ] = "refit"
     ridge: Annotated[
-        float,
+        Ridge,
         Field(
-            gt=0,
             description="Strength of the refit's pull to the present weights; residual-fisher "
             "scores assume the same.",
         ),
     ] = 0.01
     steps: Annotated[
-        int,
+        Rounds,
         Field(
-            ge=1,
             description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
             "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
         ),
     ] = 10
     amplitude: Annotated[
-        float,
-        Field(ge=0, description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
+        Amplitude,
+        Field(description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
     ] = 0.02
     distance: Annotated[Distance, Field(description="How far a layer moves its input (eq. 3).")] = (
         Distance.COSINE
@@ -94,6 +110,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
     limits = _limits(settings, anatomy)
     check_reachable(anatomy, work.targets[-1], limits)
     importance, how = IMPORTANCES[settings.importance], work.how
+    scored = with_official_heads if settings.kv_scores == "official" else _as_it_is
     schedule = _schedule(settings, anatomy, work.targets, limits)
     step = 0
     for target in work.targets:
@@ -112,12 +129,12 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
             ) as statistics:  # fmt: skip
                 collected = time.perf_counter()
                 scores = {
-                    axis.key: importance.score(axis, statistics, settings.seed + step)
+                    axis.key: importance.score(scored(axis), statistics, settings.seed + step)
                     for axis in axes
                 }
                 removal = Removal(anatomy, build_chains(anatomy, scores, limits))
                 done = schedule(removal, target, statistics)
-                keep = work.decide(removal.keep_masks(scores))
+                keep, done = work.decide((removal.keep_masks(scores), done))
                 if settings.compensation == "refit":
                     refit_outputs(axes, keep, statistics[Gram])
                 anatomy = work.apply(Cut(keep))
@@ -125,7 +142,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
             made = PruningStep(
                 step=step,
                 anatomy=anatomy,
-                layer_importance=normalise(distance),
+                layer_importance=normalise(distance, without=limits.protected_layers),
                 layer_distance=distance,
                 loss=statistics.loss,
                 seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
@@ -133,6 +150,38 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
             )
             del statistics  # its matrices would live on through the next pass
             yield made
+
+
+def _as_it_is(axis: Axis) -> Axis:
+    return axis
+
+
+def with_official_heads(axis: Axis) -> Axis:
+    """KV groups with the query heads that the official code adds to their scores.
+
+    It folds the scores of heads onto n groups by `view(-1, n).sum(0)`, so group k gets those of
+    heads k, k + n, ...; attention reads k * r, ..., k * r + r - 1 with it. Equal for r = 1.
+    """
+    if axis.kind != KV_GROUPS:
+        return axis
+    slots = []
+    for slot in axis.slots:
+        num_heads, rest = divmod(slot.index_UK.shape[1], axis.grain)
+        heads = num_heads - 2 if _is_fused(axis, slot) else num_heads  # without keys and values
+        if rest == 0 and heads > 1:
+            own_UK, others_UK = slot.index_UK.split(
+                [heads * axis.grain, slot.index_UK.shape[1] - heads * axis.grain], dim=1
+            )
+            by_head = own_UK.reshape(heads, axis.num_units, axis.grain)
+            index_UK = torch.cat([by_head.transpose(0, 1).flatten(1), others_UK], dim=1)
+            slot = replace(slot, index_UK=index_UK)
+        slots.append(slot)
+    return replace(axis, slots=slots)
+
+
+def _is_fused(axis: Axis, slot: Slot) -> bool:
+    assert axis.output is not None
+    return slot.index_UK.shape[1] > axis.output.index_UK.shape[1]
 
 
 def _observers(settings: AdaptPrunerSettings) -> list[Observer]:
@@ -145,6 +194,12 @@ def _observers(settings: AdaptPrunerSettings) -> list[Observer]:
 
 def _limits(settings: AdaptPrunerSettings, anatomy: Anatomy) -> Limits:
     limits = limits_of(settings, anatomy, CAN_CUT)
+    needs = set(IMPORTANCES[settings.importance].needs)
+    if settings.kv_scores == "official" and not needs <= {WeightGradients, Fisher}:
+        raise InvalidSettings(
+            "kv_scores: official is about scores that are sums over weights, such as taylor; got "
+            f"importance {settings.importance}."
+        )
     if settings.allocation == "adaptive" and limits.kinds & {LAYERS, *SUBLAYERS}:
         raise InvalidSettings(
             "allocation: adaptive decides how wide each layer stays, not whether it stays; take "
@@ -161,7 +216,8 @@ def _schedule(
         rule = AdaptiveSchedule(anatomy, settings.steps, settings.amplitude)
 
         def by_layer(removal: Removal, target: int, statistics: Statistics) -> bool:
-            importance = normalise(statistics[LayerDistance].distance)
+            distance = statistics[LayerDistance].distance
+            importance = normalise(distance, without=limits.protected_layers)
             return rule.advance(removal, target, importance, limits.uniform)
 
         return by_layer

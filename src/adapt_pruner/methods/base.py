@@ -13,7 +13,8 @@ from ..data import CalibrationData
 from ..errors import InvalidSettings
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, KV_GROUPS, NEURONS
-from ..model.edits import Edit, Keep
+from ..model.edits import Edit
+from ..processes import Decision, copy_from_first, decided_by_first
 from ..score.collect import Pass
 from ..score.observers import Observer
 from ..settings import PruneSettings
@@ -33,11 +34,8 @@ class Work:
     """Called during a step with the share of its calibration windows done."""
     on_edit: Callable[[Edit, Anatomy], None] = lambda edit, before: None
     """Called before an edit changes the model."""
-    decide: Callable[[Keep], Keep] = lambda keep: keep
-    """Called with what is to be kept, before anything else depends on it. Where several processes
-    prune the same model, it returns what the first of them found."""
     group: Any = None
-    """Processes that share the calibration windows; None: this one alone."""
+    """Processes that prune the same model and share the calibration windows; None: this one."""
 
     @property
     def how(self) -> Pass:
@@ -48,10 +46,16 @@ class Work:
         """Reports a number of windows done, out of `num_windows`."""
         return lambda done: self.on_progress(done / num_windows)
 
+    def decide(self, decision: Decision) -> Decision:
+        """What the first process found. To be called with all that hangs on computed figures, such
+        as which units stay and whether the target is met, before anything depends on it."""
+        return decided_by_first(decision, self.group)
+
     def apply(self, edit: Edit) -> Anatomy:
-        """Change the model. Returns its new anatomy."""
+        """Change the model. Returns its new anatomy; weights are those of the first process."""
         self.on_edit(edit, find_anatomy(self.model))
         edit.apply(self.model)
+        copy_from_first(self.model.parameters(), self.group)
         return find_anatomy(self.model)
 
 
@@ -127,8 +131,15 @@ def limits_of(settings: PruneSettings, anatomy: Anatomy, can_cut: frozenset[str]
             "A uniform layout cuts every layer alike, so protect_layers must be empty; got "
             f"{list(settings.protect_layers)}."
         )
+    kinds = _kinds_to_cut(settings, anatomy, can_cut)
+    widths = [axis.size for axis in anatomy.of_kinds({NEURONS})]
+    if NEURONS in kinds and settings.multiple > 1 and settings.multiple >= max(widths):
+        raise InvalidSettings(
+            f"multiple: the widest MLP has {max(widths):,} neurons, so that none could be cut in "
+            f"multiples of {settings.multiple:,}. Lower it, or cut other things alone."
+        )
     return Limits(
-        kinds=_kinds_to_cut(settings, anatomy, can_cut),
+        kinds=kinds,
         protected_layers=frozenset(layer % count for layer in settings.protect_layers),
         multiple=settings.multiple,
         uniform=settings.layout == "uniform",

@@ -227,12 +227,20 @@ def _attention_axes(architecture: Architecture, layer: int, module: nn.Module) -
         query_slots.append(Slot(attention.q_norm, "weight", f"{prefix}q_norm", 0, query_UK))
     last = Slot(output, "weight", output_path, 1, group_UK)
     site = Site(output, "input", group_UK)
-    yield Axis(layer, KV_GROUPS, num_kv, [*slots, last], [site], output=last)
+    yield Axis(layer, KV_GROUPS, num_kv, [*slots, last], [site], grain=head_dim, output=last)
     if num_heads > num_kv:
         last = Slot(output, "weight", output_path, 1, query_UK)
         site = Site(output, "input", query_UK)
-        slots = [*query_slots, last]
-        yield Axis(layer, QUERY_HEADS, num_heads, slots, [site], strata=num_kv, output=last)
+        yield Axis(
+            layer,
+            QUERY_HEADS,
+            num_heads,
+            [*query_slots, last],
+            [site],
+            strata=num_kv,
+            grain=head_dim,
+            output=last,
+        )
 
 
 def _hidden_axis(architecture: Architecture, model: Any, layers: list[nn.Module]) -> Axis:

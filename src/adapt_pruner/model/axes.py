@@ -106,6 +106,8 @@ class Axis:
     sites: list[Site]
     strata: int = 1
     """Equal parts of the units, in order, each of which gives up as many as the others."""
+    grain: int = 1
+    """Entries of one unit that a sparsity is counted in: the head size, for heads."""
     output: Slot | None = None
     """Where units are columns of an output projection (o_proj, down_proj); also in `slots`."""
 

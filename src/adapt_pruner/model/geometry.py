@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..precision import in_float64
 from .architectures import Architecture
 from .layers import LayerConfig
 
@@ -48,11 +49,11 @@ def match_widths(model: Any, architecture: Architecture, before: int, after: int
             module.normalized_shape = (after,)  # LayerNorms know it
     if not architecture.scales_embedding:
         return
-    scale = after**0.5
-    embedding.scalar_embed_scale = scale
-    embedding.embed_scale.fill_(scale)
+    embedding.scalar_embed_scale = after**0.5
+    embedding.embed_scale.fill_(torch.tensor(after**0.5).item())  # rounded as a fresh one is
     with torch.no_grad():
         embedding.weight.mul_((before / after) ** 0.5)
         if head is not None and head.weight is embedding.weight:
-            gain = 1 + trunk.norm.weight.double()  # Gemma's norms store what they add to 1
-            trunk.norm.weight.copy_(gain * (after / before) ** 0.5 - 1)
+            gain = 1 + in_float64(trunk.norm.weight)  # Gemma's norms store what they add to 1
+            gained = gain * (after / before) ** 0.5 - 1
+            trunk.norm.weight.copy_(gained.to(trunk.norm.weight.dtype))

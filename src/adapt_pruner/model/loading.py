@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import contextmanager
 from importlib import resources
@@ -22,41 +21,70 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import AdaptPrunerError, InvalidSettings, LoadingError, UnsupportedModel
+from ..errors import (
+    AdaptPrunerError,
+    InvalidSettings,
+    LoadingError,
+    UnsupportedModel,
+    near_match,
+    shortened,
+    shown,
+)
 from .anatomy import architecture_of
+from .checks import check_class, check_sizes, check_weights, read_config
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""
 
 
 def resolve_name(name: str) -> str:
-    """Turn the name of the embedded model into its directory, and ~ into the home directory."""
+    """Turn the name of the embedded model into its directory, and ~ into the home directory.
+
+    Raises:
+        LoadingError: for what cannot be a name.
+    """
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise LoadingError(f"There is no model directory {shown(name)}.") from error
     if name == EMBEDDED_MODEL and not Path(name).exists():
         return str(resources.files("adapt_pruner") / "demo_model")
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, trust_remote_code: bool = False, prunable: bool = True) -> Any:
     """Read the configuration of a model on the hub or in a directory.
 
     MobileLLM checkpoints become what they are, Llama models with shared embeddings, so that no
     remote code is needed.
 
+    Args:
+        prunable: say of a type that is not known that it cannot be pruned.
+
     Raises:
-        LoadingError: if there is no such model.
-        UnsupportedModel: if it cannot be pruned.
+        LoadingError: if there is no such model, or its configuration is none.
+        UnsupportedModel: if it is of a kind that is not known.
     """
     name = resolve_name(name)
     if _looks_local(name) and not Path(name).is_dir():
         raise LoadingError(f"There is no model directory '{name}'. Name one that exists.")
     with reading(name, "configuration"):
+        if Path(name).is_dir():
+            read_config(Path(name))
         raw, _ = PreTrainedConfig.get_config_dict(name)
         model_type = raw.get("model_type")
-        if not model_type:
+        if not model_type or not isinstance(model_type, str):
             raise LoadingError(f"'{name}' has no config.json with a model_type; is it a model?")
+        check_sizes(name, raw)
         if model_type == "mobilellm":
             return _mobilellm(raw)
-        if model_type not in CONFIG_MAPPING:
+        if model_type not in CONFIG_MAPPING and not (raw.get("auto_map") and trust_remote_code):
+            if not prunable:
+                raise UnsupportedModel(
+                    f"A model of type {shown(model_type)} is not known to transformers."
+                    f"{near_match(model_type[:100], CONFIG_MAPPING)} If its code comes with it, "
+                    "pass --trust-remote-code."
+                )
             architecture_of(PreTrainedConfig.from_dict(raw))  # says why it is not supported
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
@@ -104,7 +132,7 @@ def load_model(
         LoadingError: if the model cannot be read.
         UnsupportedModel: if it cannot be pruned. Raised before weights are read.
     """
-    config = load_config(name, trust_remote_code)
+    config = load_config(name, trust_remote_code, prunable)
     _check_kind(config, prunable)
     device = resolve_device(device)
     if dtype == "auto" and device == "cpu" and device_map is None:
@@ -124,11 +152,7 @@ def load_model(
             output_loading_info=True,
         )
         model, report = loaded
-        if report["missing_keys"]:
-            raise LoadingError(
-                f"The weights of '{name}' lack {sorted(report['missing_keys'])[0]}: they are "
-                "incomplete, or do not belong to the config.json beside them."
-            )
+        check_weights(name, report, config)
         if device_map is None:
             model.to(device)
     return model.eval()
@@ -139,6 +163,7 @@ def _check_kind(config: Any, prunable: bool) -> None:
         architecture_of(config)
     else:
         check_causal(config)
+    check_class(config)
 
 
 def resolve_device(name: str) -> str:
@@ -179,7 +204,7 @@ def empty_model(name: str, trust_remote_code: bool = False, prunable: bool = Tru
 
     Args, Raises: as `load_model`.
     """
-    config = load_config(name, trust_remote_code)
+    config = load_config(name, trust_remote_code, prunable)
     _check_kind(config, prunable)
     with reading(name, "configuration"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -192,7 +217,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         LoadingError: if there is none.
     """
     name = resolve_name(name)
-    raw = load_config(name, trust_remote_code)
+    raw = load_config(name, trust_remote_code, prunable=False)
     with reading(name, "tokenizer"):
         slow = {"use_fast": False} if _is_mobilellm(name) else {}
         tokenizer = AutoTokenizer.from_pretrained(
@@ -242,20 +267,22 @@ _EXPLANATIONS = {
 """What to say for a text that occurs in an error of transformers, which are often long."""
 
 
+_ABOUT_CODE = (
+    AttributeError, TypeError, LookupError, ArithmeticError, AssertionError, RecursionError,
+    UnboundLocalError, StopIteration,
+)  # fmt: skip
+
+
 def _brief(error: Exception) -> str:
     text = str(error).strip() or repr(error)
     for sign, explanation in _EXPLANATIONS.items():
         if sign in text:
             return explanation
+    if isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str):
+        return f"'{shortened(error.args[0])}' is missing in it, or not known. Restore its files."
+    if isinstance(error, _ABOUT_CODE):  # what Python says then is about code, not about files
+        return "a value in its files is missing or of a wrong kind. Restore them."
     if isinstance(error, SafetensorError):
         return f"a file is damaged or incomplete ({text}). Copy or download it again."
     first_sentence = re.split(r"(?<=[.!?])\s(?=[A-Z])", " ".join(text.split()))[0]
-    return f"{first_sentence.rstrip('.')}. Check its files and the options."
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, with an error that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadingError(f"'{path}' cannot be read: {error}") from error
+    return f"{first_sentence.rstrip('.')[:300]}. Check its files and the options."

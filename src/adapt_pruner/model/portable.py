@@ -25,10 +25,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from {module} import {base}
 from {module} import {layer} as _Layer
 import {module} as _modeling
@@ -48,20 +44,31 @@ class Pruned{base}({base}):
             super().__init__(config, *args, **kwargs)
         finally:
             _modeling.{layer} = before
-
-
-# Some classes rename weights while they load; transformers looks that up by the class's name.
-renaming = get_checkpoint_conversion_mapping("{base}")
-if renaming is not None:
-    register_checkpoint_conversion_mapping("Pruned{base}", renaming, overwrite=True)
 '''
+
+_RENAMING = """
+
+# {base} renames weights while it loads; transformers looks that up by the class's name.
+from transformers.conversion_mapping import (  # noqa: E402
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+register_checkpoint_conversion_mapping(
+    "Pruned{base}", get_checkpoint_conversion_mapping("{base}"), overwrite=True
+)
+"""
+"""For the classes that need it alone: the module is none that transformers promises to keep."""
 
 
 def add_modeling_file(directory: Path, model: Any) -> None:
     """Write a modelling file for the checkpoint of `model` and name it in its configuration."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     architecture = ARCHITECTURES[model.config.model_type]
     base = _class_of_transformers(model)
-    text = _TEMPLATE.format(
+    template = _TEMPLATE + (_RENAMING if get_checkpoint_conversion_mapping(base) else "")
+    text = template.format(
         base=base,
         module=architecture.modeling_module,
         layer=architecture.layer_class,

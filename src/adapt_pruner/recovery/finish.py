@@ -6,43 +6,40 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 from ..checkpoint import save_result
+from ..durable import flush, flush_tree
+from ..files import writing
 from ..report import write_page
 from ..report.training_pictures import draw_training
 from ..result import PruningResult
-from ..run import store_as
 from .request import AccelRequest
 from .state import RunDirectory
 
 
-def write_result(
-    result: PruningResult,
-    request: AccelRequest,
-    place: RunDirectory,
-    stored_dtype: torch.dtype | None,
-) -> None:
+def write_result(result: PruningResult, request: AccelRequest, place: RunDirectory) -> None:
     """Write model and account into the run's directory; then what only a resume needs goes.
 
     config.json and at last run.json arrive after all else, so that neither a tool nor a resume
-    takes a half-written result for a whole one.
+    takes a half-written result for a whole one. What the result replaces is there until then.
+
+    Raises:
+        WritingError: for whatever the disk refuses.
     """
-    if request.settings.dtype == "auto" and stored_dtype is not None:
-        store_as(result.model, stored_dtype)
-    directory = place.directory
+    directory, name = place.directory, place.final.name
     whole = directory / ".result"
-    name = directory.resolve().name
-    save_result(result, whole, request.portable, True, request.recipe(), name)
-    draw_training(directory, whole / "pictures")
-    _move_all(whole, directory)
-    write_page(directory)  # again: the training log is here
-    place.discard_leftovers()
+    with writing(place.final, place.kept()):
+        save_result(result, whole, request.portable, True, request.recipe(), name)
+        draw_training(directory, whole / "pictures")
+        flush_tree(whole)
+        _move_all(whole, directory)
+        write_page(directory, name)  # again: the training log is here
+    place.settle()
 
 
 def draw_progress(place: RunDirectory) -> None:
     """Pictures of a run that is under way."""
-    draw_training(place.directory, place.directory / "pictures")
+    with writing(place.directory / "pictures", place.kept()):
+        draw_training(place.directory, place.directory / "pictures")
 
 
 def _move_all(source: Path, directory: Path) -> None:
@@ -51,7 +48,10 @@ def _move_all(source: Path, directory: Path) -> None:
         place = directory / entry.name
         if place.is_dir():
             shutil.rmtree(place)
+        if entry.name in last:
+            flush(directory)
         _rename(entry, place)
+    flush(directory)
     source.rmdir()
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,14 +16,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import InvalidSettings, near_match
+from .request import AccelRequest
 
 if TYPE_CHECKING:
-    from .accel import AccelRequest
+    from torch.distributed import ProcessGroup
 
-PATIENCE = timedelta(hours=24)
-"""How long processes wait for each other. The first one tokenises all data of a run and writes all
-checkpoints while the others wait; torch's own limit of 10 minutes (30 with gloo) would end the run.
-When a process dies, `accelerate launch` and `torchrun` end the others at once all the same."""
+PATIENCE = timedelta(minutes=30)
+"""How long processes wait for each other, such as for a checkpoint of the first one. A process that
+hangs ends the run after it. When one dies, `accelerate launch` and `torchrun` end all at once."""
+PATIENCE_WITH_DATA = timedelta(hours=24)
+"""How long the others wait while the first process tokenises the data of a run."""
 
 
 def make_accelerator(request: AccelRequest, directory: Path, stack: ExitStack) -> Accelerator:
@@ -61,6 +64,32 @@ def make_accelerator(request: AccelRequest, directory: Path, stack: ExitStack) -
     )
     stack.callback(AcceleratorState._reset_state)
     return accelerator
+
+
+def processes_of(accelerator: Accelerator) -> ProcessGroup | None:
+    """All processes of a run; None if there is one."""
+    if accelerator.num_processes == 1:
+        return None
+    return torch.distributed.group.WORLD
+
+
+@contextmanager
+def first_alone(accelerator: Accelerator) -> Iterator[None]:
+    """Let the first process go through the block alone, then the others, who find its work done.
+
+    They wait as long as data may take, on a group of their own: the limit of a group holds for all
+    that it does, and a hang anywhere else should end a run soon.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    waiting: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE_WITH_DATA)
+    if not accelerator.is_main_process:
+        torch.distributed.barrier(waiting)
+    yield
+    if accelerator.is_main_process:
+        torch.distributed.barrier(waiting)
+    torch.distributed.destroy_process_group(waiting)
 
 
 def start_trackers(accelerator: Accelerator, request: AccelRequest, stack: ExitStack) -> None:

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from ..allocate.target import resolve_target
 from ..api import calibration_for, check_window_length
 from ..cache import default_cache
 from ..data import CalibrationData
-from ..data.fingerprints import short_hash
-from ..data.mixture import read_mixture
+from ..data.mixture import Mixture, read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..evaluation import fingerprint
 from ..methods import method_named
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_config, load_model, load_tokenizer
 from ..run import evaluation_texts, stored_dtype
-from .objective import IGNORED, loss_sums, targets_of
-from .request import AccelListener, AccelRequest
+from ..settings import PruneSettings
+from .launch import first_alone
+from .objective import IGNORED, Teacher, loss_sums, targets_of
+from .request import TRAINING_DATA, AccelListener, AccelRequest
 from .schedule import Phase, make_phases, tokens_per_step
-from .teacher import OnlineTeacher, Store, StoredTeacher, common_tokens, store_logits
-from .training import Teacher, micro_batch
+from .teacher import shared_tokens
 
 REFERENCE_WINDOWS = 64
 
@@ -38,10 +35,16 @@ REFERENCE_WINDOWS = 64
 class Materials:
     """All of it, on this process."""
 
+    request: AccelRequest
     accelerator: Accelerator
     tokenizer: Any
+    empty: Any
+    """The source model on the meta device."""
     model: Any
-    """The source model, on its device, in the precision of training."""
+    """The source model, on its device, in the precision of training; None where it is not read,
+    because a checkpoint takes its place."""
+    dtype: torch.dtype
+    """Of the weights in training."""
     stored_dtype: torch.dtype | None
     """That in which the result is written."""
     target: int
@@ -55,6 +58,12 @@ class Materials:
     num_tokens: int
     """That model and teacher both know; 0 without a teacher."""
 
+    def source(self) -> Any:
+        """The source model, read if it has not been."""
+        if self.model is None:
+            self.model = read_model(self.request, self.accelerator)
+        return self.model
+
     def sampler(self) -> WindowSampler:
         """One at the beginning of the data."""
         return WindowSampler(self.data, self.seed)
@@ -62,9 +71,14 @@ class Materials:
 
 def read_model(request: AccelRequest, accelerator: Accelerator) -> Any:
     """Load the source model in the precision of training, onto the device of this process."""
-    dtype = "float32" if request.settings.dtype == "auto" else request.settings.dtype
+    dtype = str(training_dtype(request)).removeprefix("torch.")
     model = load_model(request.model, dtype, "cpu", trust_remote_code=request.trust_remote_code)
     return model.to(accelerator.device)
+
+
+def training_dtype(request: AccelRequest) -> torch.dtype:
+    name = request.settings.dtype
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ...]]:
@@ -80,32 +94,78 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
     return target, phases
 
 
-def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListener) -> Materials:
-    """Read everything that `request` names but the teacher; the first process does first what all
+def gather(
+    request: AccelRequest,
+    accelerator: Accelerator,
+    listener: AccelListener,
+    with_model: bool = True,
+) -> Materials:
+    """Read everything that `request` names but the teacher. The first process reads first what all
     need. Writes nothing but the cache of tokenised data.
+
+    Args:
+        with_model: read the source model now, so that what is wrong with it shows.
 
     Raises:
         AdaptPrunerError: one of its kinds, for whatever is missing or does not fit.
     """
-    recovery, settings = request.recovery, request.settings
+    settings = request.settings
     listener.on_prepare("reading the model")
     empty = empty_model(request.model, request.trust_remote_code)
     target, phases = plan_phases(request, empty)
     check_training(request, empty, accelerator.num_processes)
     mixture = read_mixture(request.data)
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
-    num_tokens = _shared_tokens(request, empty, tokenizer) if recovery.alpha else 0
-    model = read_model(request, accelerator)
+    num_tokens = shared_tokens(request, empty, tokenizer) if request.recovery.alpha else 0
+    model = read_model(request, accelerator) if with_model else None
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    seed = settings.seed if recovery.train_seed is None else recovery.train_seed
 
     listener.on_prepare("reading the data")
-    calibration = calibration_for(model, tokenizer, settings)
-    with accelerator.main_process_first():
-        data = prepare(
+    own = settings.calibration == TRAINING_DATA
+    calibration = None if own else calibration_for(empty, tokenizer, settings)
+    data = _prepare(request, accelerator, mixture, tokenizer, phases, empty, listener)
+    listener.on_data(data.describe())
+    windows_per_step = tokens_per_step(request.recovery) // request.recovery.sequence_length
+    num_windows = phases[-1].end_step * windows_per_step
+    return Materials(
+        request=request,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        empty=empty,
+        model=model,
+        dtype=training_dtype(request),
+        stored_dtype=stored_dtype(empty),
+        target=target,
+        phases=phases,
+        data=data,
+        calibration=calibration or calibration_on(data, settings, num_windows, seed_of(request)),
+        texts=texts,
+        teacher=None,
+        seed=seed_of(request),
+        num_tokens=num_tokens,
+    )
+
+
+def seed_of(request: AccelRequest) -> int:
+    """Seed of the order of the data."""
+    own = request.recovery.train_seed
+    return request.settings.seed if own is None else own
+
+
+def _prepare(
+    request: AccelRequest,
+    accelerator: Accelerator,
+    mixture: Mixture,
+    tokenizer: Any,
+    phases: tuple[Phase, ...],
+    empty: Any,
+    listener: AccelListener,
+) -> PackedData:
+    recovery = request.recovery
+    with first_alone(accelerator):
+        return prepare(
             mixture,
             tokenizer,
             sequence_length=recovery.sequence_length,
@@ -114,17 +174,37 @@ def gather(request: AccelRequest, accelerator: Accelerator, listener: AccelListe
             loss_on=recovery.loss_on,
             repeat=recovery.repeat,
             exclude=recovery.exclude,
-            seed=seed,
-            vocab_size=vocab_size,
+            seed=seed_of(request),
+            vocab_size=empty.get_input_embeddings().weight.shape[0],
             on_progress=lambda name, done, needed: listener.on_prepare(
                 f"tokenising {name}: {done / max(needed, 1):.0%}"
             ),
         )
-    listener.on_data(data.describe())
-    return Materials(
-        accelerator, tokenizer, model, stored_dtype(empty), target, phases, data, calibration,
-        texts, None, seed, num_tokens,
-    )  # fmt: skip
+
+
+def calibration_on(
+    data: PackedData, settings: PruneSettings, num_windows: int, seed: int
+) -> CalibrationData:
+    """Calibration windows from the training data, in the mixture's proportions.
+
+    A document is what a training window holds, with as much of the text after it as a calibration
+    window needs.
+
+    Args:
+        num_windows: training windows of the run; the first `max_documents` of them are taken.
+        seed: of the order of the data.
+    """
+    length, rows = settings.window_length, data.sequence_length
+    sampler, documents = WindowSampler(data, seed), []
+    for domain, window in sampler.next_indices(min(settings.max_documents, num_windows)).tolist():
+        stream = data.domains[domain].tokens.reshape(-1)
+        start = max(0, min(window * rows, len(stream) - length))
+        documents.append(
+            torch.from_numpy(stream[start : start + max(rows, length)].astype("int32"))
+        )
+    return CalibrationData(
+        documents, length, settings.windows, settings.seed, settings.redraw, "The training data"
+    )
 
 
 def check_training(request: AccelRequest, model: Any, num_processes: int) -> None:
@@ -134,7 +214,7 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
     check_window_length(model.config, request.settings)
     names = [("model", model.config)]
     if request.teacher:
-        teacher = load_config(request.teacher, request.trust_remote_code)
+        teacher = load_config(request.teacher, request.trust_remote_code, prunable=False)
         names.append((f"teacher '{request.teacher}'", teacher))
     for name, config in names:
         longest = getattr(config, "max_position_embeddings", None)
@@ -143,6 +223,11 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
                 f"sequence_length: the {name} reads at most {longest} tokens; got "
                 f"{recovery.sequence_length}."
             )
+    if recovery.lora_rank > model.config.hidden_size:
+        raise InvalidSettings(
+            f"lora_rank: at most the hidden size of {model.config.hidden_size:,}; got "
+            f"{recovery.lora_rank:,}."
+        )
     windows = tokens_per_step(recovery) // recovery.sequence_length
     if windows % num_processes:
         raise InvalidSettings(
@@ -155,92 +240,6 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
             "teacher_top_k: with a mixture of policy: dynamic it is not known in advance which "
             "windows come; leave it out, so that the teacher runs along."
         )
-
-
-def _shared_tokens(request: AccelRequest, model: Any, tokenizer: Any) -> int:
-    own = model.config.vocab_size
-    if not request.teacher:
-        return own
-    trust = request.trust_remote_code
-    teacher = empty_model(request.teacher, trust, prunable=False)
-    theirs = load_tokenizer(request.teacher, trust)
-    return common_tokens(tokenizer, own, theirs, teacher.config.vocab_size, request.teacher)
-
-
-def make_teacher(
-    request: AccelRequest, materials: Materials, directory: Path, listener: AccelListener
-) -> Teacher:
-    """Load the teacher; with `teacher_top_k`, ask it first and write the answers to `directory`.
-
-    Raises:
-        WritingError: if they do not fit on the disk.
-    """
-    accelerator = materials.accelerator
-    if request.recovery.teacher_top_k is not None:
-        return _stored_teacher(request, materials, directory, listener)
-    listener.on_prepare("reading the teacher")
-    return OnlineTeacher(_read_teacher(request, accelerator), accelerator, materials.num_tokens)
-
-
-def _read_teacher(request: AccelRequest, accelerator: Accelerator) -> Any:
-    """On a GPU as it is stored: nothing is trained in it, and training has need of the memory."""
-    name, trust = request.teacher or request.model, request.trust_remote_code
-    dtype = "float32" if accelerator.device.type == "cpu" else "stored"
-    model = load_model(name, dtype, "cpu", trust_remote_code=trust, prunable=False)
-    return model.to(accelerator.device)
-
-
-def _stored_teacher(
-    request: AccelRequest, materials: Materials, directory: Path, listener: AccelListener
-) -> StoredTeacher:
-    accelerator, recovery = materials.accelerator, request.recovery
-    store = _store(request, materials, directory)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            store.prepare()
-    teacher = StoredTeacher(store)
-    if not store.missing():
-        return teacher
-    listener.on_prepare("asking the teacher")
-    source, model = materials.model, materials.model
-    if request.teacher:  # one of the two fits on the device, perhaps not both
-        source.to("cpu")
-        model = _read_teacher(request, accelerator)
-    store_logits(
-        OnlineTeacher(model, accelerator, materials.num_tokens),
-        materials.sampler(),
-        store,
-        recovery.temperature,
-        micro_batch(source.config.vocab_size, recovery),
-        lambda share: listener.on_prepare(f"asking the teacher: {share:.0%}"),
-    )
-    del model
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
-    source.to(accelerator.device)
-    return teacher
-
-
-def _store(request: AccelRequest, materials: Materials, directory: Path) -> Store:
-    """Named after all that its logits depend on; the first process finds out for all."""
-    recovery, trust = request.recovery, request.trust_remote_code
-    assert recovery.teacher_top_k is not None
-    tokens = materials.phases[-1].end_step * tokens_per_step(recovery)
-    num_windows = tokens // recovery.sequence_length
-    name = [""]
-    if materials.accelerator.is_main_process:
-        teacher = request.teacher or request.model
-        tokenizer = load_tokenizer(teacher, trust)
-        name[0] = short_hash(
-            [
-                fingerprint.of_name(teacher, tokenizer, trust) or teacher,
-                materials.data.fingerprint, materials.seed, num_windows, materials.num_tokens,
-                recovery.teacher_top_k, recovery.temperature,
-            ]
-        )  # fmt: skip
-    broadcast_object_list(name)
-    place = directory / "teacher" / name[0]
-    return Store(place, num_windows, recovery.sequence_length, recovery.teacher_top_k)
 
 
 @torch.no_grad()

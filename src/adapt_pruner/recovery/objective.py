@@ -5,6 +5,7 @@ Shapes: B windows, T tokens, N = B * T positions, V vocabulary, K stored logits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,10 @@ class Teaching:
             None if index_NK is None else index_NK[some],
             None if log_total_N is None else log_total_N[some],
         )
+
+
+Teacher = Callable[[Tensor, Tensor], Teaching]
+"""From (B,) positions in the data order and (B, T) token ids to the teacher's predictions."""
 
 
 def targets_of(labels_BT: Tensor) -> Tensor:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..api import Listener
+from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
+from ..limits import Budget, Hours, Loss, Rounds, Steps, checked
 from ..result import PruningResult
 from ..settings import PruneSettings
 from .lora import require_peft
 from .schedule import Phase
 from .settings import RecoverySettings
+
+TRAINING_DATA = "training data"
+"""As `calibration`: windows of what the run trains on."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,24 @@ class AccelRequest:
     def recipe(self) -> dict[str, Any]:
         """All that determines the result, so that the run can be repeated."""
         own = {name: getattr(self, name) for name in _RECIPE_NAMES}
-        said = {name: value for name, value in own.items() if value not in (None, False)}
+        said = {
+            name: value for name, value in own.items() if value is not None and value is not False
+        }
         return {
             **said,
             **self.settings.model_dump(mode="json"),
             **self.recovery.model_dump(mode="json"),
         }
+
+    def sources(self) -> list[str | None]:
+        """Names of all that the run reads: directories, files or names on the hub.
+
+        Raises:
+            DataError: if the mixture cannot be read.
+        """
+        mixture = read_mixture(self.data)
+        named = [self.model, self.teacher, self.data, self.evaluate, self.settings.calibration]
+        return [*named, self.recovery.exclude, *(source.path for source in mixture.sources)]
 
 
 _RECIPE_NAMES = (
@@ -81,13 +98,22 @@ class AccelListener:
     def on_phase_end(self, record: dict[str, Any]) -> None: ...
 
 
+_NUMBERS: dict[str, Any] = {
+    "tokens": Budget,
+    "save_steps": Steps,
+    "stop_after": Rounds,
+    "max_hours": Hours,
+    "max_loss": Loss,
+}
+
+
 def check_together(request: AccelRequest) -> None:
     """Raise InvalidSettings for what cannot be asked for, or not together."""
     recovery, settings = request.recovery, request.settings
-    for name in ("tokens", "save_steps"):
+    for name, kind in _NUMBERS.items():
         value = getattr(request, name)
-        if type(value) is not int or value < 1:
-            raise InvalidSettings(f"{name}: a whole number of at least 1; got {value!r}.")
+        if value is not None or name in ("tokens", "save_steps"):
+            checked(kind, name, value)
     if isinstance(request.report_to, str):
         raise InvalidSettings(
             f"report_to: a list of names, such as ['tensorboard']; got '{request.report_to}'."

@@ -8,6 +8,27 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidSettings
+from ..limits import (
+    Batch,
+    BatchTokens,
+    Decay,
+    Factor,
+    LearningRate,
+    LearningRateOrZero,
+    Length,
+    Name,
+    Nats,
+    Norm,
+    PartBelowOne,
+    Rank,
+    Rounds,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Steps,
+    Temperature,
+    Width,
+)
 from ..settings import explain
 
 
@@ -19,14 +40,12 @@ class RecoverySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     phases: Annotated[
-        int | None,
-        Field(ge=1, description="Rounds of pruning and training; default: from prune-per-phase."),
+        Rounds | None,
+        Field(description="Rounds of pruning and training; default: from prune-per-phase."),
     ] = None
     prune_per_phase: Annotated[
-        float | None,
+        PartBelowOne | None,
         Field(
-            gt=0,
-            lt=1,
             description="Share of the present weights that each phase removes, instead of phases; "
             "default: 0.05.",
         ),
@@ -36,10 +55,8 @@ class RecoverySettings(BaseModel):
         Field(description="How the tokens of a phase grow with its number (eq. 11: linear)."),
     ] = "linear"
     final_share: Annotated[
-        float,
+        ShareBelowOne,
         Field(
-            ge=0,
-            lt=1,
             description="At least this share of the tokens trains the last phase; 0: what growth "
             "gives it (paper).",
         ),
@@ -49,34 +66,35 @@ class RecoverySettings(BaseModel):
         Field(description="What becomes of the optimizer's moments of the weights that stay."),
     ] = "reset"
 
-    sequence_length: Annotated[int, Field(ge=2, description="Tokens per training window.")] = 1024
+    sequence_length: Annotated[Length, Field(description="Tokens per training window.")] = 1024
     batch_tokens: Annotated[
-        int, Field(ge=2, description="Tokens of one optimizer step, over all processes.")
+        BatchTokens, Field(description="Tokens of one optimizer step, over all processes.")
     ] = 131_072
     per_device_train_batch_size: Annotated[
-        int | None,
+        Batch | None,
         Field(
-            ge=1,
             description="Windows per forward pass; default: as many as 1 GB of logits allow, "
             "halved when memory runs out if there is one process.",
         ),
     ] = None
-    learning_rate: Annotated[float, Field(gt=0, description="Highest learning rate.")] = 2e-5
-    min_learning_rate: Annotated[float, Field(ge=0, description="Learning rate at the end.")] = 0.0
+    learning_rate: Annotated[LearningRate, Field(description="Highest learning rate.")] = 2e-5
+    min_learning_rate: Annotated[
+        LearningRateOrZero, Field(description="Learning rate at the end.")
+    ] = 0.0
     lr_scheduler: Annotated[
         Literal["wsd", "cosine", "constant"],
         Field(description="One schedule over all phases: warm-up, constant, linear decay (wsd)."),
     ] = "wsd"
     warmup_ratio: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the steps that warm up linearly.")
+        ShareBelowOne, Field(description="Share of the steps that warm up linearly.")
     ] = 0.05
     decay_ratio: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the steps that decay linearly (wsd).")
+        ShareBelowOne, Field(description="Share of the steps that decay linearly (wsd).")
     ] = 0.10
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW weight decay.")] = 0.0
-    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW beta 1.")] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW beta 2.")] = 0.999
-    max_grad_norm: Annotated[float, Field(gt=0, description="Gradients are clipped to it.")] = 1.0
+    weight_decay: Annotated[Decay, Field(description="AdamW weight decay.")] = 0.0
+    adam_beta1: Annotated[ShareBelowOne, Field(description="AdamW beta 1.")] = 0.9
+    adam_beta2: Annotated[ShareBelowOne, Field(description="AdamW beta 2.")] = 0.999
+    max_grad_norm: Annotated[Norm, Field(description="Gradients are clipped to it.")] = 1.0
     mixed_precision: Annotated[
         Literal["auto", "no", "bf16"],
         Field(description="Compute in bfloat16, weights in float32; auto: bf16 on a GPU."),
@@ -86,7 +104,7 @@ class RecoverySettings(BaseModel):
         Field(description="With several processes: each the whole model, or a share (FSDP2)."),
     ] = "ddp"
     train_seed: Annotated[
-        int | None, Field(ge=0, description="Seed of the data order; default: that of the run.")
+        Seed | None, Field(description="Seed of the data order; default: that of the run.")
     ] = None
 
     loss_on: Annotated[
@@ -97,40 +115,39 @@ class RecoverySettings(BaseModel):
         bool, Field(description="Go through the data again where the budget is larger than it.")
     ] = False
     exclude: Annotated[
-        str | None,
+        Name | None,
         Field(
             description="Text, such as that of an evaluation, whose documents are left out; "
             "default: none.",
         ),
     ] = None
     reweight_every: Annotated[
-        int,
-        Field(ge=1, description="Steps between new weights of a mixture with policy: dynamic."),
+        Steps,
+        Field(description="Steps between new weights of a mixture with policy: dynamic."),
     ] = 50
 
     alpha: Annotated[
-        float,
-        Field(ge=0, le=1, description="Weight of the distillation loss; 0: no teacher (paper)."),
+        Share,
+        Field(description="Weight of the distillation loss; 0: no teacher (paper)."),
     ] = 0.5
-    temperature: Annotated[float, Field(gt=0, description="Temperature of distillation.")] = 2.0
+    temperature: Annotated[Temperature, Field(description="Temperature of distillation.")] = 2.0
     teacher_top_k: Annotated[
-        int | None,
+        Width | None,
         Field(
-            ge=1,
             description="Store so many of the teacher's logits per token before training, so that "
             "it need not fit beside the student; default: run the teacher along.",
         ),
     ] = None
 
     lora_rank: Annotated[
-        int, Field(ge=0, description="Train LoRA of this rank, merged before each cut; 0: all.")
+        Rank, Field(description="Train LoRA of this rank, merged before each cut; 0: all.")
     ] = 0
-    lora_alpha: Annotated[float, Field(gt=0, description="LoRA alpha.")] = 16.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="LoRA dropout.")] = 0.05
+    lora_alpha: Annotated[Factor, Field(description="LoRA alpha.")] = 16.0
+    lora_dropout: Annotated[ShareBelowOne, Field(description="LoRA dropout.")] = 0.05
 
     max_loss_spike: Annotated[
-        float | None,
-        Field(gt=0, description="Stop when the loss exceeds its running mean by so many nats."),
+        Nats | None,
+        Field(description="Stop when the loss exceeds its running mean by so many nats."),
     ] = 3.0
 
 

@@ -5,14 +5,18 @@
     DIR/phases.json                  one entry per finished phase
     DIR/checkpoints/step-00000123/   weights, moments, random states and counters after 123 steps
 
-A checkpoint directory appears whole or not at all, and older ones go once it is there. That of
-the end of a phase is an ordinary model directory, so an unfinished run can be looked at, too.
+A checkpoint directory appears whole or not at all, and older ones go once the disk holds it. That
+of the end of a phase is an ordinary model directory, so an unfinished run can be looked at, too.
+
+A run that is to replace what DIR holds works in a hidden directory beside it, `.DIR.replacing`, and
+takes its place when the result is whole. The same command goes on with it after a kill.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,21 +24,37 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
-from ..errors import InvalidSettings, WritingError
-from ..files import atomic_directory, check_output, read_yaml, write_atomically, write_json
-from ..model.loading import read_json
+from ..claims import check_replaceable, claimed
+from ..durable import flush, remove, take_place
+from ..errors import InvalidSettings, LoadingError, WritingError, shown
+from ..files import (
+    atomic_directory,
+    check_output,
+    place_of,
+    read_json,
+    read_yaml,
+    refusal,
+    write_atomically,
+    write_json,
+    writing,
+)
+from ..limits import message_of
 from ..run import store_as
 from .moments import Moments, flatten, unflatten
 
 REQUEST_FILE, LOG_FILE, PHASES_FILE = "run.yaml", "training.jsonl", "phases.json"
 CHECKPOINTS = "checkpoints"
-OWN_FILES = (f".{REQUEST_FILE}.", ".lock")
-"""How files begin that a run killed at its very start leaves."""
+OWN_NAMES = (
+    REQUEST_FILE, LOG_FILE, PHASES_FILE, CHECKPOINTS, "teacher", ".result", "pictures",
+    "report.html", "adapt-pruner", ".lock",
+)  # fmt: skip
+"""What a run has in its directory besides its result; the last but one is tensorboard's."""
 RESUMABLE_WITH = {
     "device", "gradient_checkpointing", "max_loss_spike", "micro_batch_size",
     "per_device_train_batch_size", "portable", "repeat", "sharding", "trust_remote_code",
@@ -68,10 +88,22 @@ class Progress:
 
 
 class RunDirectory:
-    """The directory of one run."""
+    """The directory of one run.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    Args:
+        directory: where the user wants the result.
+        request: what was asked for.
+        overwrite: whether what is there may be replaced.
+    """
+
+    def __init__(self, directory: Path, request: dict[str, Any], overwrite: bool = False):
+        self.final = place_of(directory)
+        self.request, self.overwrite = request, overwrite
+        replacing = self.final.with_name(f".{self.final.name}.replacing")
+        is_used = self.final.is_dir() and any(not _is_scrap(f) for f in self.final.iterdir())
+        works_beside = (overwrite and is_used) or self._is_asked_for_in(replacing)
+        self.directory = replacing if works_beside else self.final
+        """Where the run works: that directory, or a hidden one beside it."""
 
     @property
     def log(self) -> Path:
@@ -81,41 +113,58 @@ class RunDirectory:
     def is_finished(self) -> bool:
         return (self.directory / "run.json").is_file()
 
-    def check(self, request: dict[str, Any], overwrite: bool) -> None:
+    def _is_asked_for_in(self, directory: Path) -> bool:
+        """Whether a run of this request has begun in `directory`."""
+        try:
+            before = read_yaml(directory / REQUEST_FILE, "record", InvalidSettings)
+        except InvalidSettings:
+            return False
+        return isinstance(before, dict) and not self._changes(before)
+
+    def _changes(self, before: dict[str, Any]) -> list[str]:
+        return [
+            f"{key}: {shown(before.get(key))} became {shown(self.request.get(key))}"
+            for key in sorted({*map(str, before), *self.request} - RESUMABLE_WITH)
+            if before.get(key) != self.request.get(key)
+        ]
+
+    def check(self, sources: Iterable[str | Path | None] = ()) -> None:
         """Look whether a run can begin or go on here.
+
+        Args:
+            sources: names of what the run reads, which it must not replace.
 
         Raises:
             WritingError: if the directory holds something else, or cannot be written.
-            InvalidSettings: if it holds a run that was asked for in other words: which.
+            InvalidSettings: if it holds a run of other settings; the message names them.
         """
-        place, file = self.directory, self.directory / REQUEST_FILE
+        place, file = self.final, self.final / REQUEST_FILE
         check_output(place, overwrite=True)
-        if not file.is_file():
-            if place.exists() and any(not f.name.startswith(OWN_FILES) for f in place.iterdir()):
+        if self.overwrite:
+            check_replaceable(place, sources, OWN_NAMES if file.is_file() else ())
+        elif self.directory != place:
+            return  # it was begun by the same request
+        elif not file.is_file():
+            if place.exists() and any(not _is_scrap(entry) for entry in place.iterdir()):
                 raise WritingError(
                     f"'{place}' exists, is not empty and holds no run of this command. Name "
                     "another directory."
                 )
-        elif not overwrite:
+        else:
             before = read_yaml(file, "record", InvalidSettings)
             if not isinstance(before, dict):
                 raise InvalidSettings(
                     f"'{file}' is damaged: it does not say what was asked for. Pass --overwrite to "
                     "begin anew."
                 )
-            changed = [
-                f"{key}: {before.get(key)!r} became {request.get(key)!r}"
-                for key in sorted({*before, *request} - RESUMABLE_WITH)
-                if before.get(key) != request.get(key)
-            ]
-            if changed:
+            if changed := self._changes(before):
                 raise InvalidSettings(
-                    f"'{place}' holds a run of other settings ({'; '.join(changed)}). Use the same "
-                    "to go on with it, name another directory, or pass --overwrite."
+                    f"'{place}' holds a run of other settings ({'; '.join(changed[:8])}). Use the "
+                    "same to go on with it, name another directory, or pass --overwrite."
                 )
 
-    def begin(self, request: dict[str, Any], overwrite: bool, stack: ExitStack) -> None:
-        """Make the directory that of this run; an earlier one goes only with `overwrite`.
+    def begin(self, stack: ExitStack) -> None:
+        """Make the directory that of this run; what is to be replaced stays until the end.
 
         Until `stack` is closed, no other process can do so.
 
@@ -123,26 +172,35 @@ class RunDirectory:
             WritingError: if another run is at work here, or the disk refuses.
         """
         place = self.directory
-        lock = FileLock(place / ".lock")
+        stack.enter_context(claimed(self.final))
         try:
+            if place != self.final and not self._is_asked_for_in(place):
+                remove(place)  # an unfinished replacement of other settings
             place.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
-            stack.callback(lock.release)
-            stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
-            if overwrite:
-                for entry in place.iterdir():
-                    if entry.is_dir() and not entry.is_symlink():
-                        shutil.rmtree(entry)
-                    elif entry.name != ".lock":
-                        entry.unlink()
             self._discard_partials()
-            write_atomically(place / REQUEST_FILE, yaml.safe_dump(request, sort_keys=False))
-        except Timeout:
-            raise WritingError(
-                f"Another run is at work in '{place}'. Wait for it, or name another directory."
-            ) from None
+            write_atomically(place / REQUEST_FILE, yaml.safe_dump(self.request, sort_keys=False))
         except OSError as error:
+            if isinstance(error, WritingError):
+                raise
             raise WritingError(f"'{place}' cannot be written to: {error.strerror}.") from error
+
+    def settle(self) -> None:
+        """Remove what only a resume needs, and give a whole result its place."""
+        for name in (CHECKPOINTS, "teacher"):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self._discard_partials()
+        if self.directory != self.final:
+            with writing(self.final, f"The whole result is in '{self.directory}'"):
+                old = take_place(self.directory, self.final)
+            self.directory = self.final
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def kept(self) -> str:
+        """What a run that ends now leaves, and what to do, as a sentence."""
+        if self.checkpoints():
+            return f"Run the same command again to go on from the last checkpoint in '{self.final}'"
+        return "There is no checkpoint yet: the same command begins anew"
 
     def save(
         self,
@@ -151,16 +209,20 @@ class RunDirectory:
         weights: dict[str, Tensor],
         moments: Moments,
         tokenizer: Any,
+        random_states: dict[str, Tensor],
     ) -> None:
-        """Write a checkpoint; older ones are removed when it is there."""
+        """Write a checkpoint; older ones are removed when the disk holds it."""
         place = self.directory / CHECKPOINTS / f"step-{progress.step:08}"
+        if self.log.exists():
+            with writing(self.log, "The last checkpoint is whole"):
+                flush(self.log)  # a checkpoint is not ahead of its log
         with atomic_directory(place, overwrite=True) as partial:
             model.config.save_pretrained(partial)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(partial)
             save_file(_contiguous(weights), partial / "model.safetensors", {"format": "pt"})
             save_file(_contiguous(flatten(moments)), partial / "moments.safetensors")
-            save_file(_random_states(), partial / "random.safetensors")
+            save_file(random_states, partial / "random.safetensors")
             tokenizer.save_pretrained(partial)
             write_json(partial / "progress.json", asdict(progress))
         for older in self.checkpoints():
@@ -169,16 +231,17 @@ class RunDirectory:
         write_atomically(self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n")
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first. What a killed run left half-written is removed."""
-        parent = self.directory / CHECKPOINTS
-        for partial in parent.glob(".step-*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        return sorted(parent.glob("step-*"))
+        """Whole checkpoints, oldest first."""
+        return sorted((self.directory / CHECKPOINTS).glob("step-*"))
 
     def resume(self, write: bool) -> tuple[Progress, Path] | None:
-        """The newest checkpoint, if there is one; with `write`, the log is cut back to it."""
+        """The newest checkpoint, if there is one. With `write`, the log is cut back to it, and what
+        a killed run left half-written is removed."""
+        if write:
+            for partial in (self.directory / CHECKPOINTS).glob(".step-*"):
+                shutil.rmtree(partial, ignore_errors=True)
         found = self.checkpoints()
-        progress = Progress(**read_json(found[-1] / "progress.json")) if found else Progress()
+        progress = _progress_in(found[-1]) if found else Progress()
         if write and self.log.exists():
             lines = self.log.read_text(encoding="utf-8").splitlines()[: progress.step]
             write_atomically(self.log, "".join(f"{line}\n" for line in lines))
@@ -190,52 +253,58 @@ class RunDirectory:
                 log.write(line + "\n")
         except OSError as error:
             raise WritingError(
-                f"'{self.log}' could not be written: {error.strerror}. The last checkpoint is "
-                "kept; free some space and run the same command again."
+                f"'{self.log}' could not be written: {refusal(error)}. Free some space. "
+                f"{self.kept()}."
             ) from error
 
-    def discard_leftovers(self) -> None:
-        """Remove what only a resume needs."""
-        for name in (CHECKPOINTS, "teacher"):
-            shutil.rmtree(self.directory / name, ignore_errors=True)
-        self._discard_partials()
-
     def _discard_partials(self) -> None:
-        """Remove results that a killed process was writing."""
-        for partial in self.directory.glob("..result.*"):
+        """Remove results that a killed process was writing or moving."""
+        for partial in [*self.directory.glob("..result.*"), self.directory / ".result"]:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def read_tensors(self, checkpoint: Path, model: Any) -> Moments:
-        """Read the weights of `model`, which is mutated, and return the moments."""
+    def read_weights(self, checkpoint: Path, model: Any) -> None:
+        """Fill `model` with the weights of a checkpoint, one tensor after the other."""
         parameters = dict(model.named_parameters())
         for name, tensor in _tensors(checkpoint / "model.safetensors"):
             parameters[name].data.copy_(tensor)
-        return unflatten(_tensors(checkpoint / "moments.safetensors"))
+
+    def read_moments(self, checkpoint: Path, device: torch.device) -> Moments:
+        """The moments of a checkpoint, on `device`; numbers of steps stay on the CPU."""
+        return unflatten(
+            (key, tensor if key.endswith("|step") else tensor.to(device))
+            for key, tensor in _tensors(checkpoint / "moments.safetensors")
+        )
+
+    def read_random_states(self, checkpoint: Path) -> dict[str, Tensor]:
+        return dict(_tensors(checkpoint / "random.safetensors"))
 
 
-def rebuild_model(checkpoint: Path, source: Any) -> Any:
-    """A model of the checkpoint's widths, with the class, dtype and device of `source`."""
-    config = type(source.config).from_pretrained(checkpoint)
-    config._name_or_path = source.config._name_or_path
-    with torch.device(source.device):
-        model = type(source)(config)
-    store_as(model, source.dtype)
-    model.generation_config = source.generation_config
+def _progress_in(checkpoint: Path) -> Progress:
+    file = checkpoint / "progress.json"
+    try:
+        return TypeAdapter(Progress).validate_python(read_json(file))
+    except ValidationError as error:
+        raise LoadingError(
+            f"'{file}' is damaged ({message_of(error.errors()[0])}). Restore it, or begin anew "
+            "with --overwrite."
+        ) from error
+
+
+def _is_scrap(entry: Path) -> bool:
+    """Whether a file is what a run killed at its very start leaves."""
+    return entry.name.startswith((f".{REQUEST_FILE}.", ".lock"))
+
+
+def rebuild_model(checkpoint: Path, empty: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of the checkpoint's widths, of the class of `empty`. Its weights are to be filled."""
+    config = type(empty.config).from_pretrained(checkpoint)
+    config._name_or_path = empty.config._name_or_path
+    with torch.device(device):
+        model = type(empty)(config)
+    store_as(model, dtype)
+    if (checkpoint / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     return model.eval()
-
-
-def restore_random_states(checkpoint: Path) -> None:
-    states = dict(_tensors(checkpoint / "random.safetensors"))
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
 
 
 def _tensors(file: Path):

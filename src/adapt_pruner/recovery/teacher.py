@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.sampling import WindowSampler
-from ..errors import InvalidSettings, WritingError
+from ..errors import InvalidSettings, WritingError, shown
 from ..files import refusal
+from ..model.loading import empty_model, load_tokenizer
 from .objective import Teaching, store_teaching
+from .request import AccelRequest
 
 SHARD_WINDOWS = 256
 
@@ -48,7 +50,7 @@ class OnlineTeacher:
 
 @contextmanager
 def set_aside(teacher: Any) -> Iterator[None]:
-    """Keep a teacher that runs along out of a GPU's memory, which a cut has need of."""
+    """Move a teacher that runs along to main memory, because a cut needs the GPU's."""
     on_gpu = isinstance(teacher, OnlineTeacher) and teacher.accelerator.device.type == "cuda"
     if on_gpu:
         teacher.model.to("cpu")
@@ -204,6 +206,18 @@ def _answers(
     return {name: tensor.unflatten(0, ids_BT.shape).cpu() for name, tensor in tensors.items()}
 
 
+def shared_tokens(request: AccelRequest, model: Any, tokenizer: Any) -> int:
+    """Leading logits that the model has in common with its teacher, see `common_tokens`. `model`
+    may be on `meta`."""
+    own = model.config.vocab_size
+    if not request.teacher:
+        return own
+    trust = request.trust_remote_code
+    teacher = empty_model(request.teacher, trust, prunable=False)
+    theirs = load_tokenizer(request.teacher, trust)
+    return common_tokens(tokenizer, own, theirs, teacher.config.vocab_size, request.teacher)
+
+
 def common_tokens(
     own: Any, own_size: int, teachers: Any, teachers_size: int, teacher_name: str
 ) -> int:
@@ -223,7 +237,8 @@ def common_tokens(
         there = f"is number {theirs[token]}" if token in theirs else "does not exist"
         raise InvalidSettings(
             f"teacher: '{teacher_name}' has another vocabulary than the model: {len(differing):,} "
-            f"of {len(mine):,} tokens differ; {token!r}, number {mine[token]} here, {there} there. "
+            f"of {len(mine):,} tokens differ; {shown(token)}, number {mine[token]} here, {there} "
+            "there. "
             "Their predictions cannot be compared; take a teacher of the same family."
         )
     needed = min(max(mine.values()) + 1, own_size)

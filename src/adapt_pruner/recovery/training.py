@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +25,8 @@ from ..model.anatomy import architecture_of
 from ..score.collect import checkpointed
 from . import sharding
 from .moments import Moments, read_moments, write_moments
-from .objective import IGNORED, Teaching, loss_sums, targets_of
+from .objective import IGNORED, Teacher, loss_sums, targets_of
 from .settings import RecoverySettings
-
-Teacher = Callable[[Tensor, Tensor], Teaching]
-"""From (B,) positions in the data order and (B, T) token ids to the teacher's predictions."""
 
 
 @dataclass
@@ -170,7 +167,7 @@ class PhaseTraining:
 
     def _by_domain(self, losses_B, counts_B, domains_B) -> dict[int, tuple[float, int]]:
         sums = torch.zeros(self.num_domains, 2, dtype=torch.float64)
-        rows = torch.stack([losses_B.double().cpu(), counts_B.double().cpu()], dim=1)
+        rows = torch.stack([losses_B.cpu().double(), counts_B.cpu().double()], dim=1)
         sums.index_add_(0, domains_B, rows)
         table = self._summed(sums.to(self.accelerator.device)).cpu().tolist()
         return {i: (loss, int(count)) for i, (loss, count) in enumerate(table) if count}

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import LoadingError
 from ..figures import change, duration, figure, in_bytes, short
+from ..parsing import ParsingError, parse_yaml
 from .record import Run
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -97,11 +96,11 @@ def facts_of(run: Run, extras: Extras | None = None) -> Facts:
 def dense_model(run: Run) -> str | None:
     """Name or directory of the model that was pruned, as it was given."""
     try:
-        recipe = yaml.safe_load(run.recipe)
-    except yaml.YAMLError as error:
-        raise LoadingError(f"'{run.directory / 'recipe.yaml'}' is not YAML; restore it.") from error
+        recipe = parse_yaml(run.recipe)
+    except ParsingError as error:
+        raise LoadingError(f"'{run.directory / 'recipe.yaml'}' is {error}; restore it.") from error
     named = recipe.get("model") if isinstance(recipe, dict) else None
-    return named or run.record.source_model
+    return (named if isinstance(named, str) else None) or run.record.source_model
 
 
 def _sentences(run: Run, source: str) -> list[str]:

@@ -105,7 +105,7 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
             ],
         )
     importance = [step.layer_importance for step in record.steps]
-    if importance[0]:
+    if importance and importance[0]:
         drawn["importance"] = charts.heat_map(
             f"{id}-importance", "Importance of each layer before each step", importance
         )

@@ -16,13 +16,12 @@ def draw_all(directory: Path, result: PruningResult) -> dict[str, str]:
     if not result.steps:
         return {}
     directory.mkdir()
-    drawn = {
-        "widths.svg": ("Widths of each decoder layer before and after", draw_widths(result)),
-        "layer_importance.svg": (
+    drawn = {"widths.svg": ("Widths of each decoder layer before and after", draw_widths(result))}
+    if result.steps[0].layer_importance:
+        drawn["layer_importance.svg"] = (
             "Importance of each decoder layer over the pruning steps",
             draw_layer_importance(result),
-        ),
-    }
+        )
     for file, (_, figure) in drawn.items():
         figure.savefig(directory / file, metadata={"Date": None})
         figure.savefig((directory / file).with_suffix(".png"), dpi=150)

@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from annotated_types import Ge, Le, Lt, MaxLen
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import TypedDict
 
 from ..api import edits_of_record
-from ..errors import LoadingError
+from ..errors import LoadingError, shortened, shown
+from ..files import MAX_JSON_BYTES, read_bytes, read_json
+from ..limits import (
+    MAX_TOKENS,
+    Documents,
+    Share,
+    Tokens,
+    Width,
+    message_of,
+)
 from ..model.axes import KV_GROUPS
-from ..model.loading import read_json
+from ..parsing import parse_json
 from ..result import PRUNING_FILE, Size, StepRecord
 
 RUN_FILE = "run.json"
-Widths = list[dict[str, int]]
+MOST_LAYERS = 2_000
+Figure = Annotated[float, AllowInfNan(False)]
+Count = Annotated[int, Ge(0), Le(10**15)]
+TokenCount = Annotated[int, Ge(0), Le(MAX_TOKENS)]
+Widths = Annotated[list[dict[str, Annotated[int, Ge(0), Le(10**9)]]], MaxLen(MOST_LAYERS)]
+LayerNumber = Annotated[int, Ge(0), Lt(MOST_LAYERS)]
 T = TypeVar("T")
+
+
+class Pair(TypedDict):
+    """A figure before and after."""
+
+    before: Figure
+    after: Figure
 
 
 class Protocol(BaseModel):
     """How quality was measured: `run.protocol`."""
 
     text: str
-    window: int
-    stride: int
-    max_windows: int | None = None
+    window: Tokens
+    stride: Tokens
+    max_windows: Documents | None = None
 
 
 class Recovery(BaseModel):
     """What run.json says of recovery training."""
 
-    tokens: int
+    tokens: TokenCount
 
 
 class RunRecord(BaseModel):
@@ -43,21 +72,46 @@ class RunRecord(BaseModel):
     created: str
     source_model: str | None = None
     base_model: str | None = None
-    target_parameters: int
+    target_parameters: Count
     before: Size
     after: Size
-    sparsity: float
+    sparsity: Share
     settings: dict[str, Any]
     widths_before: Widths
     widths_after: Widths
-    layers_left: list[int] | None = None
+    layers_left: Annotated[list[LayerNumber], MaxLen(MOST_LAYERS)] | None = None
     """Original numbers of the decoder layers that are left; None: all of them."""
-    steps: list[StepRecord] = []
-    seconds: float
-    measurements: dict[str, dict[Literal["before", "after"], float]] = {}
+    steps: Annotated[list[StepRecord], MaxLen(100_000)] = []
+    seconds: Annotated[Figure, Ge(0)]
+    measurements: dict[str, Pair] = {}
     protocol: Protocol | None = None
     training: Recovery | None = None
     versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunRecord:
+        for what, size in (("before", self.before), ("after", self.after)):
+            if not 0 < size.decoder_layers <= size.total:
+                raise ValueError(f"{what}: sizes must be positive, and that of the layers a part")
+        count = len(self.widths_before)
+        if not count or len(self.widths_after) != count:
+            raise ValueError("widths_before and widths_after must have an entry for each layer")
+        for old, new in zip(self.widths_before, self.widths_after, strict=True):
+            if not old.keys() <= new.keys():
+                raise ValueError("a layer must have the same widths before and after")
+        left = range(count) if self.layers_left is None else self.layers_left
+        if any(layer >= count for layer in left):
+            raise ValueError("layers_left must name layers that there were")
+        for size, layers in ((self.before, range(count)), (self.after, left)):
+            if size.layers and len(size.layers) != len(layers):
+                raise ValueError("sizes must have an entry for each layer")
+        for step in self.steps:
+            figures = [step.loss, *step.layer_importance, *step.layer_distance]
+            if len(step.layer_importance) not in (0, count) or not all(map(isfinite, figures)):
+                raise ValueError("a step must have a finite importance for each layer")
+            if step.parameters < 1:
+                raise ValueError("a step must leave parameters")
+        return self
 
     @property
     def parameters_cut(self) -> list[int]:
@@ -75,9 +129,9 @@ class RunRecord(BaseModel):
 class TrainingStep(BaseModel):
     """One line of training.jsonl: an optimizer step of recovery training."""
 
-    step: int
-    phase: int
-    tokens: int
+    step: Count
+    phase: Count
+    tokens: TokenCount
     """Trained on so far, over all phases."""
     loss: float
     """Nats per token."""
@@ -88,16 +142,26 @@ class TrainingStep(BaseModel):
 class Phase(BaseModel):
     """One entry of phases.json: a cut, and the training that follows it."""
 
-    phase: int
-    tokens_before: int
-    parameters: int
+    phase: Count
+    tokens_before: TokenCount
+    parameters: Count
     widths: list[Any]
-    evaluation: dict[str, float] | None = None
+    evaluation: dict[str, Figure] | None = None
 
 
 class _Pruned(BaseModel):
-    units: int
-    kept: list[int]
+    units: Width
+    kept: list[Count]
+
+    @model_validator(mode="after")
+    def _are_units(self) -> _Pruned:
+        if any(unit >= self.units for unit in self.kept) or len(self.kept) > self.units:
+            raise ValueError(f"kept: there are {self.units} units, and others are named")
+        return self
+
+
+class _Edit(BaseModel):
+    axes: dict[Annotated[str, StringConstraints(pattern=r"^-?\d{1,5}/[a-z-]+$")], _Pruned] = {}
 
 
 class _Pruning(BaseModel):
@@ -110,14 +174,12 @@ class _Pruning(BaseModel):
 
 def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
     """Layer -> how many KV groups it had, and which of them stayed."""
-    record = parse(_Pruning, file).model_dump()
+    edits = edits_of_record(parse(_Pruning, file).model_dump(exclude_unset=True))
     found = {}
-    for edit in edits_of_record(record)[:1]:
-        for name, entry in (edit.get("axes") or {}).items():
-            layer, _, kind = name.partition("/")
-            if kind == KV_GROUPS:
-                axis = _checked(_Pruned, entry, file)
-                found[int(layer)] = (axis.units, axis.kept)
+    for name, axis in _checked(list[_Edit], edits[:1], file)[0].axes.items() if edits else ():
+        layer, _, kind = name.partition("/")
+        if kind == KV_GROUPS:
+            found[int(layer)] = (axis.units, axis.kept)
     return found
 
 
@@ -158,13 +220,20 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
     phases = directory / "phases.json"
+    groups = _kept_groups(pruning) if pruning.is_file() else {}
+    record = parse(RunRecord, directory / RUN_FILE)
+    if beyond := [layer for layer in groups if layer >= len(record.widths_before)]:
+        raise LoadingError(
+            f"'{pruning}' tells of layer {beyond[0]}, but by {RUN_FILE} there are "
+            f"{len(record.widths_before)}: the files are not of the same run. Restore them."
+        )
     return Run(
         directory=directory,
         name=name or directory.resolve().name,
-        record=parse(RunRecord, directory / RUN_FILE),
+        record=record,
         recipe=_text(recipe) if recipe.is_file() else "",
         config=parse(dict[str, Any], directory / "config.json"),
-        kept_groups=_kept_groups(pruning) if pruning.is_file() else {},
+        kept_groups=groups,
         training=_training_log(directory / "training.jsonl"),
         phases=parse(list[Phase], phases) if phases.is_file() else [],
     )
@@ -177,14 +246,15 @@ def _training_log(file: Path) -> list[TrainingStep]:
     steps = []
     for number, line in enumerate(lines, 1):
         try:
-            steps.append(TrainingStep.model_validate(json.loads(line)))
+            value = parse_json(line.encode("utf-8"), allow_nan=True)
+            steps.append(TrainingStep.model_validate(value))
         except ValueError as error:
             if number == len(lines):  # a training that was stopped may leave half a line
                 break
             raise LoadingError(
-                f"Line {number} of '{file}' is no training step: {line!r:.80}"
+                f"Line {number} of '{file}' is no training step: {shown(line)}"
             ) from (error)
-    return [step for step in steps if math.isfinite(step.loss)]
+    return [step for step in steps if isfinite(step.loss)]
 
 
 def parse(kind: type[T], file: Path) -> T:
@@ -197,15 +267,15 @@ def _checked(kind: type[T], content: Any, file: Path) -> T:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "its content"
+        place = shortened(".".join(map(str, problem["loc"]))) or "its content"
         raise LoadingError(
-            f"'{file}' is not what it should be: {place}: {problem['msg']}. It was damaged, or "
-            "comes from another version; restore it, or make the run again."
+            f"'{file}' is not what it should be: {place}: {message_of(problem)}. It was damaged, "
+            "or comes from another version; restore it, or make the run again."
         ) from error
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadingError(f"'{file}' cannot be read: {error}") from error
+        return read_bytes(file, "file", LoadingError, MAX_JSON_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LoadingError(f"'{file}' is not a text file in UTF-8.") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import AdaptPrunerError, InvalidSettings
+from ..errors import AdaptPrunerError, InvalidSettings, shown
 from ..evaluation import compare_speed
 from ..model.loading import load_model, load_tokenizer
 from .facts import Extras, Sample, dense_model
@@ -66,7 +66,7 @@ def _encode(prompt: str, tokenizer: Any, model: Any, wanted: Wanted) -> torch.Te
     ids_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
     longest = getattr(model.config, "max_position_embeddings", None) or 10**9
     if not prompt.strip() or not ids_1T.numel():
-        raise InvalidSettings(f"A prompt needs text to go on from; got {prompt!r}.")
+        raise InvalidSettings(f"A prompt needs text to go on from; got {shown(prompt)}.")
     if ids_1T.shape[1] + wanted.max_new_tokens > longest:
         raise InvalidSettings(
             f"The model reads at most {longest} tokens, but the prompt '{prompt[:30]}' has "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import LoadingError
+from ..files import read_json
+from ..parsing import ParsingError, parse_json
 from .pictures import ACCENT, AFTER, BEFORE, make_figure
 
 LINE = "#57606a"
@@ -16,8 +18,12 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
 
     Returns the SVG files with a description of each.
     """
-    log = [json.loads(line) for line in (run / "training.jsonl").read_text().splitlines()]
-    phases = json.loads((run / "phases.json").read_text())
+    file = run / "training.jsonl"
+    try:
+        log = [parse_json(line) for line in file.read_bytes().splitlines()]
+    except ParsingError as error:
+        raise LoadingError(f"'{file}' is {error}; restore it.") from error
+    phases = read_json(run / "phases.json")
     if not log or not phases:
         return {}
     pictures.mkdir(exist_ok=True)

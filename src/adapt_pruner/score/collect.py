@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import NonFiniteError
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis
+from ..precision import in_float64, zero_in_float64
+from ..processes import add_up, share_of
 from .observers import Observer, matrices
 
 SomeObserver = TypeVar("SomeObserver", bound=Observer)
@@ -117,29 +119,22 @@ def _first_micro_batch_size(how: Pass, windows_BT: Tensor, observers: Sequence[O
 def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Statistics:
     backward = any(observer.needs_backward for observer in observers)
     device = model.get_input_embeddings().weight.device
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    rank, processes = _processes(group, len(windows_BT))
+    loss = zero_in_float64(device)
+    group = group if share_of(group)[1] <= len(windows_BT) else None
+    rank, processes = share_of(group)
     own_BT = windows_BT[rank::processes]
     with _attached(anatomy, observers, backward), torch.set_grad_enabled(backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
-            loss += _run_micro_batch(model, batch_BT, backward)
+            loss += _run_micro_batch(model, batch_BT, backward).to(loss.device)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
-    if processes > 1:
-        for tensor in (loss, *(total for observer in observers for total in observer.sums())):
-            torch.distributed.all_reduce(tensor, group=group)
+    if group is not None:
+        add_up([loss, *(total for observer in observers for total in observer.sums())], group)
     num_windows, window_length = windows_BT.shape
     for observer in observers:
         observer.finish(num_windows)
     num_tokens = num_windows * window_length
     return Statistics(num_windows, num_tokens, loss.item() / num_windows, observers)
-
-
-def _processes(group: Any, num_windows: int) -> tuple[int, int]:
-    """Index of this process and number of processes that share the windows."""
-    if group is None or torch.distributed.get_world_size(group) > num_windows:
-        return 0, 1
-    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
 
 
 @contextmanager
@@ -156,7 +151,7 @@ def _attached(anatomy: Anatomy, observers: Sequence[Observer], backward: bool) -
         yield
 
 
-def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float:
+def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor:
     """Forward and backward. Returns the sum of the window losses, or 0 without a backward pass.
 
     The graph is gone when this returns: hooks in it hold activations of every layer, which must not
@@ -164,10 +159,10 @@ def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor | float
     """
     logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
     if not backward:
-        return 0.0
+        return zero_in_float64(tokens_BT.device)
     loss, gradient_BTV = _loss_and_gradient(logits_BTV.detach(), tokens_BT.to(logits_BTV.device))
     logits_BTV.backward(gradient_BTV)
-    return loss.to(tokens_BT.device)
+    return loss
 
 
 @torch.no_grad()
@@ -180,14 +175,14 @@ def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, T
     Returns a float64 scalar in nats, and a tensor like the logits.
     """
     num_predicted = tokens_BT.shape[1] - 1
-    loss = logits_BTV.new_zeros((), dtype=torch.float64)
+    loss = zero_in_float64(logits_BTV.device)
     gradient_BTV = torch.zeros_like(logits_BTV)  # the last token of a window predicts nothing here
     size = max(1, 128 // tokens_BT.shape[1])
     for start in range(0, len(tokens_BT), size):
         some = slice(start, start + size)
         targets_BT1 = tokens_BT[some, 1:, None]
         log_probs_BTV = logits_BTV[some, :-1].float().log_softmax(dim=-1)
-        loss -= log_probs_BTV.gather(2, targets_BT1).double().sum() / num_predicted
+        loss -= in_float64(log_probs_BTV.gather(2, targets_BT1)).sum() / num_predicted
         probs_BTV = log_probs_BTV.exp_()
         probs_BTV.scatter_add_(2, targets_BT1, probs_BTV.new_tensor(-1.0).expand(targets_BT1.shape))
         gradient_BTV[some, :-1] = probs_BTV.div_(num_predicted)

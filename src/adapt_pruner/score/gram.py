@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import WITHOUT_FLOAT64, in_float64
+
 
 @dataclass
 class InverseGram:
@@ -47,7 +49,11 @@ def invert_gram(gram_CC: Tensor, ridge: float) -> InverseGram:
         ridge: > 0, relative to the mean of the diagonal. A projection that never saw an input has
             H = 0, and a multiple of I as its inverse.
     """
-    system_CC = gram_CC.to(gram_CC.dtype if ridge >= 1e-3 else torch.float64, copy=True)
+    system_CC = gram_CC if ridge >= 1e-3 else in_float64(gram_CC)
+    if gram_CC.device.type in WITHOUT_FLOAT64:
+        system_CC = system_CC.cpu()  # nor is there a Cholesky inverse
+    if system_CC is gram_CC:
+        system_CC = gram_CC.clone()
     mean = system_CC.diagonal().mean()
     if mean > 0:
         system_CC.div_(mean)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..model.axes import KV_GROUPS, NEURONS, Axis, Slot
+from ..precision import in_float64
 from ..registry import Registry
 from .collect import Statistics
 from .observers import Fisher, Gram, Observer, UnitGradients, WeightGradients
@@ -94,11 +95,12 @@ def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor
     else:
         blocks_KKU = inverse.matrix_CC.view(shape + shape).diagonal(dim1=0, dim2=2)
         residual_U = (
-            torch.linalg.inv(blocks_KKU.permute(2, 0, 1).double())
+            torch.linalg.inv(in_float64(blocks_KKU.permute(2, 0, 1)))
             .diagonal(dim1=1, dim2=2)
             .sum(dim=1)
         )
-    return activation_fisher(axis, statistics) * (residual_U / total_U).float()
+    share_U = (residual_U / total_U.to(residual_U.device)).float()
+    return activation_fisher(axis, statistics) * share_U.to(total_U.device)
 
 
 def random(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:

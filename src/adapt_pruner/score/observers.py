@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey, Site
+from ..precision import in_float64
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
 
@@ -76,7 +77,7 @@ class Distance(str, Enum):
         else:
             order = 2 if self is Distance.EUCLIDEAN else 1
             per_token = torch.linalg.vector_norm(y_BTD - x_BTD, ord=order, dim=-1)
-        return per_token.double().mean()
+        return in_float64(per_token).mean()
 
 
 class LayerDistance(Observer):
@@ -115,12 +116,16 @@ class LayerDistance(Observer):
             yield f"the output of decoder layer {i}", distance
 
 
-def normalise(distances: Sequence[float]) -> list[float]:
-    """Layer importance: distances shifted to mean 0 and scaled to max |.| 1 (eq. 4 and 5)."""
-    mean = math.fsum(distances) / len(distances)
-    centred = [distance - mean for distance in distances]
-    largest = max(map(abs, centred))
-    return [value / largest if largest > 0 else 0.0 for value in centred]
+def normalise(distances: Sequence[float], without: Collection[int] = ()) -> list[float]:
+    """Layer importance: distances shifted to mean 0 and scaled to max |.| 1 (eq. 4 and 5), over the
+    layers that may be cut; those `without` get 0."""
+    among = [d for i, d in enumerate(distances) if i not in without] or list(distances)
+    mean = math.fsum(among) / len(among)
+    largest = max(abs(distance - mean) for distance in among)
+    return [
+        (distance - mean) / largest if largest > 0 and i not in without else 0.0
+        for i, distance in enumerate(distances)
+    ]
 
 
 class UnitGradients(Observer):
