@@ -108,7 +108,7 @@ def test_run_prunes_in_phases_trains_and_explains_itself(request_, text_file, tm
     result = finish(request, tmp_path / "run")
     phases = json.loads((tmp_path / "run" / "phases.json").read_text())
     before = result.before.total
-    unit = find_anatomy(result.model).axes[0].unit_cost
+    unit = find_anatomy(result.model).of_kinds({"kv-groups"})[0].unit_cost
     for j, phase in enumerate(phases, 1):
         wanted = before - round((before - result.target) * j / 3)
         assert wanted - unit < phase["parameters"] <= wanted
@@ -136,7 +136,7 @@ def test_kept_units_refer_to_the_original_model(request_, tmp_path):
     result = finish(request, tmp_path / "run")
     source = load_model(request.model)
     for layer in range(3):
-        kept = result.kept[layer, "mlp"]
+        kept = result.kept[layer, "neurons"]
         name = f"model.layers.{layer}.mlp.up_proj.weight"
         assert torch.equal(result.model.get_parameter(name), source.get_parameter(name)[kept])
 

@@ -323,10 +323,10 @@ class TestOutput:
 
     def test_portable(self, prune):
         directory = prune("--portable")
-        assert "PrunedLlamaForCausalLM" in (directory / "modeling_pruned.py").read_text()
-        assert read(directory / "config.json")["auto_map"] == {
-            "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM"
-        }
+        code = (directory / "modeling_pruned.py").read_text()
+        assert "class LlamaForCausalLM(_modeling.LlamaForCausalLM)" in code
+        named = read(directory / "config.json")["auto_map"]["AutoModelForCausalLM"]
+        assert named == "modeling_pruned.LlamaForCausalLM"
         assert recipe_of(directory)["portable"] is True
 
     def test_debug_shows_the_traceback_wherever_it_stands(self, cli, tmp_path):

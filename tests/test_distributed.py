@@ -146,7 +146,7 @@ def test_sharded_run_recomputes_activations_and_goes_on_inside_a_phase(
     request_, alone, tmp_path, monkeypatch
 ):
     request = with_training(request_, sharding="fsdp2")
-    request = replace(with_settings(request, gradient_checkpointing=True), max_hours=1e9)
+    request = replace(with_settings(request, gradient_checkpointing=True), max_hours=1000.0)
     with monkeypatch.context() as patch:
         taken = [0]
 

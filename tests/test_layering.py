@@ -13,7 +13,7 @@ ROOT = Path(adapt_pruner.__file__).parent
 
 LAYERS = [
     {"errors", "figures", "registry", "files", "cache", "claims", "durable", "limits", "parsing"}
-    | {"precision", "processes"},
+    | {"markup", "precision", "processes"},
     {"model"},
     {"data", "score"},
     {"allocate"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"methods"},
     {"api", "result", "plan", "inspection", "checkpoint", "run"},
     {"recovery", "evaluation", "comparison"},
-    {"report"},
+    {"report", "export"},
     {"cli"},
 ]
 """From the bottom up."""

@@ -97,7 +97,10 @@ class TestMixture:
         [
             ({"sources": [{"path": "a.txt", "weight": -1}]}, "source 1: weight: .*got -1"),
             ({"sources": [{"path": "a.txt", "weight": "much"}]}, "weight: .*number; got 'much'"),
-            ({"sources": [{"path": "a.txt", "weight": True}]}, "weight: .*number; got True"),
+            (
+                {"sources": [{"path": "a.txt", "weight": True}]},
+                "weight: must be a number, not .*; got True",
+            ),
             ({"sources": [{"path": "a.txt", "weight": float("inf")}]}, "weight: .*got inf"),
             ({"sources": [{"path": "a.txt", "weight": 0}]}, "all weights are 0"),
             ({"sources": [{"path": "a.txt", "wieght": 1}]}, "'wieght'. Did you mean 'weight'"),

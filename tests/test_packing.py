@@ -430,7 +430,7 @@ class TestCache:
             elif point == "account":
                 patch.setattr(domains, "write_json", die)
             elif point == "rename":
-                patch.setattr(files, "_take_place", die)
+                patch.setattr(files, "take_place", die)
             else:
                 replace = os.replace
                 patch.setattr(os, "replace", lambda *paths: (replace(*paths), die()))
@@ -467,7 +467,7 @@ class TestCache:
         usage = SimpleNamespace(free=2000)
         monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
         monkeypatch.setattr(domains, "read_rows", lambda *_: pytest.fail("read"))
-        with pytest.raises(WritingError, match=r"only 0\.00 GB are free"):
+        with pytest.raises(WritingError, match=r"only 2 kB are free"):
             pack()
         assert not (tmp_path / "cache").exists()
 

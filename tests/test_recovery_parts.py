@@ -24,7 +24,6 @@ from adapt_pruner.recovery.objective import (
     store_teaching,
     targets_of,
 )
-from adapt_pruner.recovery.run import Following
 from adapt_pruner.recovery.schedule import count_phases, learning_rates, make_phases
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.recovery.sharding import with_weights, without_weights
@@ -134,12 +133,14 @@ def test_moments_are_cut_as_the_weights_are(model_type, calibration):
         for name, p in model.named_parameters()
     }
     followed = []
-    listener = Following(
-        Listener(), lambda edit, before: followed.append(edit.follow(model, moments))
-    )
+
+    class Follower(Listener):
+        def on_edit(self, edit, before):
+            followed.append(edit.follow(model, moments))
+
     prune(
         model, sparsity=0.4, calibration=calibration, importance="random", compensation="none",
-        steps=2, listener=listener,
+        steps=2, listener=Follower(),
     )  # fmt: skip
     assert followed == [True, True]
     assert moments.keys() == dict(model.named_parameters()).keys()

@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from adapt_pruner.errors import LoadingError
-from adapt_pruner.report import charts
+from adapt_pruner.report import charts, samples
 from adapt_pruner.report.page import render
 from adapt_pruner.report.record import read_run
 
@@ -160,6 +161,8 @@ class TestFacts:
     def test_page_can_be_made_long_after(self, cli, pruned, run, llama):
         assert cli("report", run).status == 0
         first, again = ((d / "report.html").read_text() for d in (pruned, run))
+        assert "-o &#39;tiny &amp; &lt;pruned&gt;&#39;" in first
+        first, again = (page.replace("&#39;", "").replace("'", "") for page in (first, again))
         assert again == first.replace("tiny &amp; &lt;pruned&gt;", "run").replace(
             "tiny & <pruned>", "run"
         )
@@ -220,8 +223,10 @@ class TestFacts:
 
 
 class TestSamples:
-    def test_both_models_write(self, cli, run):
-        done = cli("report", run, "--prompt", "the of", "--max-new-tokens", 5, "--speed")
+    def test_both_models_write(self, cli, run, llama):
+        done = cli(
+            "report", run, "--prompt", "the of", "--max-new-tokens", 5, "--speed", "--dense", llama
+        )
         assert done.status == 0, done.err
         page = Page((run / "report.html").read_text())
         assert page.said.count("the of") == 2
@@ -233,8 +238,22 @@ class TestSamples:
         assert done.status == 0
         assert "There is no model directory './gone'" in done.err
         page = Page((run / "report.html").read_text())
-        assert "The dense model could not be asked: There is no model directory" in page.said
+        assert "The dense model was not asked: There is no model directory" in page.said
         assert page.said.count("the of") == 1
+
+    @pytest.mark.parametrize("speed", [[], ["--speed"]])
+    def test_only_what_the_directory_holds_is_loaded(self, cli, run, monkeypatch, speed):
+        (run / "recipe.yaml").write_text("model: someone/else'; rm -rf\n")
+        loaded = []
+        real = samples.load_model
+        monkeypatch.setattr(
+            samples, "load_model", lambda name, **kw: (loaded.append(name), real(name, **kw))[1]
+        )
+        done = cli("report", run, "--prompt", "the of", "--max-new-tokens", 5, *speed)
+        assert done.status == 0, done.err
+        assert loaded == [str(run)]
+        asked = shlex.quote("someone/else'; rm -rf")
+        assert f"only what the run's directory holds is loaded; add --dense {asked}" in done.err
 
 
 def evaluated(file, model, parameters, value):

@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from adapt_pruner.data.reading import read_rows
 from adapt_pruner.errors import AdaptPrunerError
 from adapt_pruner.inspection import inspect_model
 from adapt_pruner.model.loading import empty_model
+from adapt_pruner.settings import PruneSettings
 
 DEEP = 100_000
 NO_NUMBERS = {
@@ -97,6 +99,7 @@ def wrong_settings() -> Iterator[Call]:
     for model in settings_models():
         base = {"path": "pydocs"} if model is Source else {}
         base = {"sources": ["pydocs"]} if model is Mixture else base
+        base = {"method": "adapt-pruner"} if issubclass(model, PruneSettings) else base
         for field, schema in model.model_json_schema()["properties"].items():
             parts = arms(schema)
             values = dict(WRONG)
@@ -124,7 +127,7 @@ def build(model: type[BaseModel], values: dict[str, Any]) -> Any:
         return make_recovery_settings(**values)
     if model in (Mixture, Source):
         return read_mixture({"sources": [values]} if model is Source else values)
-    return plain._make(model, values)
+    return plain.checked(model, values)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -157,8 +160,13 @@ TEXTS: dict[str, bytes] = {
 }
 
 
-def wrong_files(directory: Path, llama: Path, run: Path) -> Iterator[Call]:
-    """Every file that the package reads, with every wrong content."""
+def wrong_files(directory: Path, llama: Path, run: Path, every: int = 1) -> Iterator[Call]:
+    """Every file that the package reads, with every wrong content.
+
+    Args:
+        llama: directory of a model; run: directory of a run of `prune`.
+        every: of the wrong values inside a file, take each so-manieth.
+    """
     readers = text_readers()
     for number, (what, content) in enumerate(TEXTS.items()):
         for suffix, name, read in readers:
@@ -167,9 +175,9 @@ def wrong_files(directory: Path, llama: Path, run: Path) -> Iterator[Call]:
                 file.write_bytes(content)
             yield Call(f"{name}: {what}", lambda f=file, r=read: r(f), may_pass=True)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        yield from _damaged(directory, llama, name, lambda d: inspect_model(empty_model(str(d))))
+        yield from _damaged(directory, llama, name, _inspect, every)
     for name in ("run.json", "pruning.json", "recipe.yaml", "config.json"):
-        yield from _damaged(directory, run, name, _report)
+        yield from _damaged(directory, run, name, _report, every)
 
 
 def text_readers() -> list[tuple[str, str, Callable[[Path], Any]]]:
@@ -197,6 +205,10 @@ def text_readers() -> list[tuple[str, str, Callable[[Path], Any]]]:
     ]
 
 
+def _inspect(directory: Path) -> Any:
+    return inspect_model(empty_model(str(directory)))
+
+
 def _report(directory: Path) -> str:
     from adapt_pruner.report.page import render
     from adapt_pruner.report.record import read_run
@@ -205,7 +217,7 @@ def _report(directory: Path) -> str:
 
 
 def _damaged(
-    directory: Path, source: Path, name: str, read: Callable[[Path], Any]
+    directory: Path, source: Path, name: str, read: Callable[[Path], Any], every: int
 ) -> Iterator[Call]:
     """A directory in which one file is of every wrong content."""
     place = directory / f"{source.name}-{name}"
@@ -225,13 +237,13 @@ def _damaged(
         return
     whole = json.loads((source / name).read_text())
     wrong = {k: v for k, v in WRONG.items() if k not in ("bytes", "long")}
-    for path in _leaves(whole):
-        for what, value in wrong.items():
-            yield Call(
-                f"{name}: {'.'.join(map(str, path))} is {what}",
-                lambda p=path, v=value: run(json.dumps(_with(whole, p, v)).encode()),
-                may_pass=True,
-            )
+    pairs = product(_leaves(whole), wrong.items())
+    for path, (what, value) in islice(pairs, 0, None, every):
+        yield Call(
+            f"{name}: {'.'.join(map(str, path))} is {what}",
+            lambda p=path, v=value: run(json.dumps(_with(whole, p, v)).encode()),
+            may_pass=True,
+        )
 
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

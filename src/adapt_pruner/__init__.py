@@ -7,10 +7,12 @@ Nothing else happens at import; the names below are imported when they are first
 from importlib import import_module
 
 from .model import layers as _per_layer
+from .model import portable as _portable
 
 __version__ = "0.1.0"
 
 _per_layer.register()
+_portable.register()
 
 _EXPORTS = {
     "AdaptPrunerError": "errors",
@@ -22,6 +24,7 @@ _EXPORTS = {
     "PruningResult": "result",
     "ResultStore": "evaluation",
     "evaluate": "evaluation",
+    "export_gguf": "export",
     "find_anatomy": "model.anatomy",
     "load_calibration": "data",
     "load_model": "model.loading",

@@ -10,6 +10,7 @@ import yaml
 
 from .claims import check_replaceable, write_record
 from .files import atomic_directory, check_output, write_json
+from .model import older_readers
 from .model import portable as portable_file
 from .result import PRUNING_FILE, PruningResult
 
@@ -56,8 +57,11 @@ def save_result(
             portable_file.add_modeling_file(partial, model)
         else:
             portable_file.drop_remote_code(partial, model)
+        older_readers.add_old_keys(partial)
         if result.tokenizer is not None:
             result.tokenizer.save_pretrained(partial)
+            source = getattr(result.tokenizer, "name_or_path", None)
+            older_readers.tidy_tokenizer(partial, source)
         write_json(partial / PRUNING_FILE, result.record())
         recipe = recipe or {
             "params": result.target,

@@ -238,18 +238,56 @@ OWN_RESULT = re.compile(rb'\{\s*"format": 1,\s*"(models|model|device)":')
 def check_file(file: Path) -> None:
     """Raise WritingError now if results could not be written to `file` later. Only results are
     replaced: not a configuration, nor a thesis."""
+    place = check_place_of_file(file)
+    if place.exists() and place.stat().st_size:
+        with place.open("rb") as stream:
+            if not OWN_RESULT.match(stream.read(100)):
+                raise WritingError(f"'{file}' exists and holds no results; name another file.")
+
+
+def check_place_of_file(file: Path, needed_bytes: int = 0) -> Path:
+    """The absolute path of a file to write. Raises WritingError now if it could not be written
+    later, whatever is there."""
     place = place_of(file)
     if place.is_dir():
         raise WritingError(f"'{file}' is a directory; name a file.")
     if place.exists() and not place.is_file():
         raise WritingError(f"'{file}' is a pipe or a device; name an ordinary file.")
-    if place.exists() and place.stat().st_size:
-        with place.open("rb") as stream:
-            if not OWN_RESULT.match(stream.read(100)):
-                raise WritingError(f"'{file}' exists and holds no results; name another file.")
     parent = _existing_parent(place)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise WritingError(f"'{file}' cannot be written to; name a file elsewhere.")
+    free = shutil.disk_usage(parent).free
+    if needed_bytes > free:
+        raise WritingError(
+            f"'{file}' needs {in_bytes(needed_bytes)}, but only {in_bytes(free)} are free at "
+            f"'{parent}'. Free some space, or name a file on another disk."
+        )
+    return place
+
+
+@contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Yield a hidden file beside `file` that is flushed to the disk and takes its place when the
+    block succeeds. If the block fails, or the process is killed, what was there is still there.
+
+    Raises:
+        WritingError: for whatever the disk refuses.
+    """
+    place = place_of(file)
+    partial = hidden_beside(place, "partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        replace_file(partial, place)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, AdaptPrunerError) or not isinstance(error, OSError):
+            raise
+        raise WritingError(
+            f"'{file}' could not be written: {refusal(error)}. What was there is unchanged; free "
+            "some space or name another file, and run again."
+        ) from error
 
 
 def beginning(file: Path, size: int = 2_000) -> str:

@@ -89,7 +89,7 @@ Name = Annotated[str, Len(1, 4096)]
 T = TypeVar("T")
 
 
-def checked(kind: type[T], name: str, value: Any) -> T:
+def checked_value(kind: type[T], name: str, value: Any) -> T:
     """Check one value that is no field of settings.
 
     Raises:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +19,9 @@ from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokeniz
 from .plan import Plan, make_plan
 from .result import PruningResult
 from .settings import PruneSettings
+
+if TYPE_CHECKING:
+    from .export import Export
 
 EVALUATION_WINDOW, EVALUATION_WINDOWS = 256, 400
 """Tokens of a window, and windows at most."""
@@ -67,18 +72,42 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     sources = (request.model, request.settings.calibration, request.evaluate)
     check_place(output, request.overwrite, sources=sources)
     with claimed(output):
-        return _prune_into(request, output, listener)
+        check = functools.partial(check_place, output, request.overwrite)
+        result = _prune(request, check, listener)
+        save_result(result, output, request.portable, request.overwrite, request.recipe())
+    return result
 
 
-def _prune_into(request: Request, output: Path, listener: Listener | None) -> PruningResult:
+def run_pruning_to_gguf(
+    request: Request, output: Path, quantize: str, listener: Listener | None = None
+) -> tuple[PruningResult, Export]:
+    """The same, and write a GGUF file instead. See also `export_gguf`."""
+    from .export import export_gguf
+    from .export.gguf_file import check_gguf_output, check_is_not_source
+    from .export.quantise import file_type
+
+    file_type(quantize)  # raises now for what there is not
+    check_is_not_source(output, request.model)
+
+    def check(needed_bytes: int = 0) -> None:
+        check_gguf_output(output, request.overwrite)  # its size is known when it is pruned
+
+    result = _prune(request, check, listener)
+    return result, export_gguf(result, output, quantize, overwrite=request.overwrite)
+
+
+def _prune(
+    request: Request, check: Callable[..., None], listener: Listener | None
+) -> PruningResult:
+    """Load, measure, prune and measure; `check` says early whether the result can be written."""
     settings = request.settings
-    check_place(output, request.overwrite)  # again: a run that was killed may have left its result
+    check()  # again: a run that was killed may have left its result
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     target = make_plan(empty, settings, request.sparsity, request.params).target
     stored = stored_dtype(empty)
     written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
-    check_place(output, request.overwrite, target * written.itemsize)
+    check(target * written.itemsize)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
@@ -105,7 +134,6 @@ def _prune_into(request: Request, output: Path, listener: Listener | None) -> Pr
     result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
     if request.evaluate:
         result.protocol = protocol(request.evaluate)
-    save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
 

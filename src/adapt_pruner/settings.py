@@ -63,6 +63,7 @@ class PruneSettings(BaseModel):
         tuple[CutName, ...],
         Field(
             min_length=1,
+            max_length=100,
             description="What may be cut: " + ", ".join(CUTS) + ", with commas.",
         ),
     ] = ("neurons", "kv-groups")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -48,6 +49,7 @@ def hush_libraries() -> None:
     import datasets
     import huggingface_hub
     import transformers
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
     # Said aloud, so that it does not warn of forks: this program makes none that tokenise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -58,6 +60,8 @@ def hush_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.getLogger("fsspec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    reader: Any = gguf_reader
+    reader.tqdm = functools.partial(reader.tqdm, disable=True)  # it has its own bar
 
 
 def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:

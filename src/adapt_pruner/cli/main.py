@@ -37,10 +37,13 @@ class Program(click.Group):
         "evaluate": "evaluate",
         "bench": "bench",
         "inspect": "inspect",
+        "export": "export",
+        "run": "run",
         "methods": "methods",
         "compare": "compare",
         "report": "report",
         "demo": "demo",
+        "with": "with_command",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -71,9 +74,12 @@ def program(debug: bool) -> None:  # main() looks at --debug
 def main(args: list[str] | None = None) -> None:
     """Run the program and exit. Every error is one message on stderr and a non-zero status."""
     arguments = sys.argv[1:] if args is None else args
-    debug = "--debug" in arguments  # anywhere: it is an afterthought
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    _check_arguments(arguments)
+    # Anywhere, because it is an afterthought; but what stands after `with` is another program's.
+    end = _end_of_ours(arguments)
+    debug = "--debug" in arguments[:end]
+    ours = [argument for argument in arguments[:end] if argument != "--debug"]
+    _check_arguments(ours)
+    arguments = [*ours, *arguments[end:]]
     with _stops_at_sigterm() as signals:
         try:
             program.main(args=arguments, prog_name="adapt-pruner", standalone_mode=False)
@@ -91,6 +97,12 @@ def main(args: list[str] | None = None) -> None:
             if debug:
                 raise
             _fail(*_explained(error, arguments))
+
+
+def _end_of_ours(arguments: list[str]) -> int:
+    """Where another program's arguments begin: at the command `with`."""
+    verb = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    return len(arguments) if verb is None or arguments[verb] != "with" else verb
 
 
 def _check_arguments(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from ..errors import InvalidSettings, near_match, shown
 from ..files import read_yaml
-from ..limits import checked
+from ..limits import checked_value
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
 from ..settings import OneOf, PruneSettings
 
@@ -53,7 +53,7 @@ class Number(click.ParamType):
 
     def convert(self, value: Any, param, ctx) -> Any:
         try:
-            return checked(self.kind, self.name, value)
+            return checked_value(self.kind, self.name, value)
         except InvalidSettings as error:
             self.fail(str(error).removeprefix(f"{self.name}: "), param, ctx)
 

@@ -17,7 +17,7 @@ from .options import Number
     "-o", "--output", type=click.Path(path_type=Path),
     help="HTML file to write; default: report.html in the run, or here for several.",
 )  # fmt: skip
-@click.option("--prompt", "prompts", multiple=True, help="Let both models go on from it; repeat.")
+@click.option("--prompt", "prompts", multiple=True, help="Let the models go on from it; repeat.")
 @click.option(
     "--max-new-tokens", type=Number(Tokens), default=64, show_default=True,
     help="Tokens that each writes after a prompt.",
@@ -27,7 +27,10 @@ from .options import Number
     "--evaluation", type=click.Path(path_type=Path), metavar="FILE",
     help="Show the results that `adapt-pruner evaluate DENSE RUN --json FILE` wrote.",
 )  # fmt: skip
-@click.option("--dense", metavar="MODEL", help="The dense model, if it is no longer where it was.")
+@click.option(
+    "--dense", metavar="MODEL",
+    help="The dense model, for --prompt and --speed; without it the pruned one writes alone.",
+)  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="For --prompt and --speed.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT even if it is no report.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the dense model.")
@@ -46,7 +49,7 @@ def command(
     """Write one HTML page about the directory RUN of a pruning, or comparing several.
 
     \b
-    adapt-pruner report smaller --prompt "Once upon a time" --speed
+    adapt-pruner report smaller --prompt "Once upon a time" --speed --dense ./my-model
     adapt-pruner report smaller smallest -o both.html
     """
     from ..files import beginning, place_of, write_atomically
@@ -82,4 +85,4 @@ def command(
             console.err.print(f"{run.name}: {extra.missing_dense}", soft_wrap=True, markup=False)
     click.echo(f"written to {output}")
     if not prompts:
-        click.echo('--prompt "Some text" adds what both models write after it.')
+        click.echo('--prompt "Some text" --dense MODEL adds what both models write after it.')

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..api import check_window_length, prune
 from ..checkpoint import save_result
+from ..claims import claimed
 from ..data import CalibrationData
 from ..data.calibration import load_documents
 from ..errors import InvalidSettings, LoadingError, NonFiniteError, shown
@@ -251,7 +252,8 @@ class _Runner:
             "seconds": time.perf_counter() - began,
         }
         if place:
-            save_result(result, place, overwrite=True, recipe=self._recipe(cell, settings))
+            with claimed(place):
+                save_result(result, place, overwrite=True, recipe=self._recipe(cell, settings))
         self.store.put(key, record)
         return result.model, record
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, DataError, shown
+from ..errors import CalibrationError, DataError, shortened, shown
 from . import pydocs
 from .reading import (
     DOCUMENT_SEPARATOR,
     READERS,
+    check_depth_of,
     explain_hub,
     files_in,
     local_path,
@@ -222,24 +223,32 @@ def _stream(files: list[Path] | None, source: str, seed: int) -> Iterator[dict[s
     """Rows, shuffled by `datasets`: the order of files, and the rows in a buffer."""
     import datasets
 
+    options: dict[str, Any] = {}
     try:
-        if files is None:
-            data: Any = datasets.load_dataset(source, split="train", streaming=True)
-        else:
-            # A list is what `datasets` takes for shards, of which it shuffles the order.
-            named = {"files": [str(file) for file in files]}
-            data = datasets.IterableDataset.from_generator(_values_of, gen_kwargs=named)
+        if files is not None:
+            check_depth_of(files)
+            options = {"data_files": [str(file) for file in files]}
+        name = source if files is None else READERS[files[0].suffix]
+        data: Any = datasets.load_dataset(name, split="train", streaming=True, **options)
         yield from data.shuffle(seed=seed, buffer_size=10_000)
     except DataError as error:
         raise CalibrationError(str(error)) from error
     except Exception as error:  # of many libraries
-        raise CalibrationError(explain_hub(source, error)) from error
+        raise CalibrationError(_explain(error, files, source)) from error
 
 
-def _values_of(files: list[str]) -> Iterator[dict[str, Any]]:
+def _explain(error: Exception, files: list[Path] | None, source: str) -> str:
+    """Where the trouble is: our own reader names file and line."""
+    if files is None:
+        return explain_hub(source, error)
     for file in files:
-        for row in local_rows(Path(file)):
-            yield row.values
+        try:
+            for _ in local_rows(file):
+                pass
+        except DataError as found:
+            return str(found)
+    what = shortened((str(error).strip() or repr(error)).splitlines()[0].rstrip("."))
+    return f"'{source}' cannot be read: its rows do not fit together ({what}). Correct the files."
 
 
 def _shuffled(items: list[str], seed: int) -> list[str]:

@@ -107,11 +107,6 @@ def prepare(
         domain = store.domain(source, most, on_progress or _ignore)
         _check_size(domain, needed, total, len(sources), sequence_length, repeat)
         domains.append(domain)
-    if loss_on == "answers" and all(d.account.format == "text" for d in domains):
-        raise DataError(
-            "loss_on: the data are plain text, without answers to take the loss on. Take data of "
-            "instructions or chats, or loss_on all."
-        )
     contents = [[d.name, round(d.weight, 9), d.account.digest] for d in domains]
     fingerprint = short_hash([sequence_length, contents])
     return PackedData(domains, sequence_length, repeat, mixture, fingerprint)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, shown
-from ..parsing import ParsingError, parse_json
+from ..parsing import ParsingError, depth_after, parse_json
 from . import pydocs
 
 EMBEDDED = "pydocs"
@@ -25,6 +25,8 @@ READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "te
 
 LONGEST_DOCUMENT = 1_000_000
 """Characters; longer texts are taken as several documents, so that none fills the memory."""
+BLANK = b" \t\r\n\xef\xbb\xbf"
+"""White space, and a byte order mark."""
 LONGEST_LINE, LONGEST_ARRAY = 1 << 28, 1 << 32
 """Bytes of a line, and of a file that is one JSON value: both are held in memory."""
 SHUFFLE_ROWS, SHUFFLE_CHARACTERS = 10_000, 200_000_000
@@ -153,6 +155,46 @@ def local_rows(file: Path) -> Iterator[Row]:
         raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from error
 
 
+def check_depth_of(files: Iterable[Path]) -> None:
+    """Look through JSON files before another parser reads them: a deep value ends the process in
+    it, and so does a line that is null.
+
+    Raises:
+        DataError: naming the line that is too long, too deep or no object.
+    """
+    for file in files:
+        depth = 0
+        if READERS[file.suffix] != "json":
+            continue
+        if _is_array(file):
+            for _ in local_rows(file):
+                pass
+            continue
+        for number, line in _lines(file):
+            if not depth and line.strip() and not line.lstrip(BLANK).startswith(b"{"):
+                _row(
+                    _parsed(line, f"'{file}' line {number}", "the line"), f"'{file}' line {number}"
+                )
+            try:
+                depth = depth_after(line, depth)
+            except ParsingError as error:
+                raise DataError(f"'{file}' line {number} is {error}. Leave it out.") from error
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, none of which fills the memory."""
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise DataError(
+                    f"'{file}' line {number} has more than {LONGEST_LINE >> 20} MB. Cut its text "
+                    "into documents."
+                )
+            yield number, line
+
+
 def _rows_of(files: list[Path], seed: int) -> Iterator[Row]:
     random.Random(seed).shuffle(files)
     for file in files:
@@ -205,17 +247,10 @@ def _undecodable_line(file: Path) -> int:
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open("rb") as stream:
-        number = 0
-        while line := stream.readline(LONGEST_LINE + 1):
-            number += 1
-            place = f"'{file}' line {number}"
-            if len(line) > LONGEST_LINE:
-                raise DataError(
-                    f"{place} has more than {LONGEST_LINE >> 20} MB. Cut its text into documents."
-                )
-            if line.strip():
-                yield _row(_parsed(line, place, "the line"), place)
+    for number, line in _lines(file):
+        place = f"'{file}' line {number}"
+        if line.strip():
+            yield _row(_parsed(line, place, "the line"), place)
 
 
 def _parsed(content: bytes, place: str, what: str) -> Any:
@@ -225,10 +260,14 @@ def _parsed(content: bytes, place: str, what: str) -> Any:
         raise DataError(f"{place} is {error}. Correct {what}, or leave it out.") from error
 
 
-def _json_file(file: Path) -> Iterator[Row]:
+def _is_array(file: Path) -> bool:
+    """Whether a file is one JSON array, and not one object a line."""
     with file.open("rb") as stream:
-        start = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+        return file.suffix == ".json" and stream.read(1 << 16).lstrip(BLANK).startswith(b"[")
+
+
+def _json_file(file: Path) -> Iterator[Row]:
+    if not _is_array(file):
         yield from _json_lines(file)
         return
     if file.stat().st_size > LONGEST_ARRAY:

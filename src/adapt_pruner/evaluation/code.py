@@ -17,8 +17,11 @@ TASKS = ("adapt_pruner.evaluation.lm_eval_model", *_MODEL)
 """Modules that compute figures, by the kind of figure."""
 
 _NO_FIGURES = {
-    f"adapt_pruner.{name}" for name in ("errors", "files", "cache", "figures", "settings")
-}
+    f"adapt_pruner.{name}"
+    for name in (
+        "cache", "claims", "durable", "errors", "figures", "files", "limits", "parsing", "settings",
+    )
+}  # fmt: skip
 """Imported everywhere, and without a say in any figure; values of settings are in keys anyway."""
 
 

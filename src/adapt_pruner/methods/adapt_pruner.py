@@ -10,17 +10,21 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ..allocate.chains import Limits, Removal, build_chains, remove_ranked
 from ..allocate.schedules import AdaptiveSchedule, sizes_after_steps
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
+from ..compensate.scales import Tuning, dense_states, tune_scales
+from ..data import CalibrationData
 from ..errors import InvalidSettings
-from ..limits import Amplitude, Ridge, Rounds
+from ..limits import Amplitude, Rank, Ridge, Rounds
 from ..model.anatomy import Anatomy, find_anatomy
-from ..model.axes import CUTS, KV_GROUPS, LAYERS, SUBLAYERS, Axis, Slot
+from ..model.axes import CUTS, HIDDEN, KV_GROUPS, LAYERS, SUBLAYERS, Axis, Slot
 from ..model.edits import Cut
-from ..score.collect import Statistics, collect
+from ..score.collect import Statistics, collect, prepared
+from ..score.head import plain_head
 from ..score.importance import IMPORTANCES
 from ..score.observers import (
     Distance,
@@ -35,6 +39,8 @@ from ..settings import ImportanceName, PruneSettings
 from .base import Method, Outline, PruningStep, Work, limits_of
 
 CAN_CUT = frozenset(CUTS)
+TUNING_WINDOW = 256
+"""Tokens per window that scales are trained on."""
 
 
 class AdaptPrunerSettings(PruneSettings):
@@ -72,6 +78,13 @@ class AdaptPrunerSettings(PruneSettings):
             "scores assume the same.",
         ),
     ] = 0.01
+    tuning_steps: Annotated[
+        Rank,
+        Field(
+            description="Steps that train scales of rows and columns on the dense model's "
+            "predictions when a target is met; they are folded into the weights. 0: none.",
+        ),
+    ] = 0
     steps: Annotated[
         Rounds,
         Field(
@@ -112,6 +125,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
     importance, how = IMPORTANCES[settings.importance], work.how
     scored = with_official_heads if settings.kv_scores == "official" else _as_it_is
     schedule = _schedule(settings, anatomy, work.targets, limits)
+    lesson = _lesson(work, settings.tuning_steps, limits)
     step = 0
     for target in work.targets:
         done = anatomy.total_parameters <= target
@@ -138,6 +152,8 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                 if settings.compensation == "refit":
                     refit_outputs(axes, keep, statistics[Gram])
                 anatomy = work.apply(Cut(keep))
+            if done and lesson is not None:
+                tune_scales(work.model, anatomy, *lesson)
             distance = statistics[LayerDistance].distance
             made = PruningStep(
                 step=step,
@@ -182,6 +198,25 @@ def with_official_heads(axis: Axis) -> Axis:
 def _is_fused(axis: Axis, slot: Slot) -> bool:
     assert axis.output is not None
     return slot.index_UK.shape[1] > axis.output.index_UK.shape[1]
+
+
+def _lesson(work: Work, steps: int, limits: Limits) -> tuple[Tensor, Tensor] | None:
+    """Windows that scales are trained on, and what the dense model makes of them."""
+    if not steps:
+        return None
+    documents = work.calibration.documents
+    # Longer than those of the scores, as far as the text allows; step -1 is drawn by no other.
+    length = min(TUNING_WINDOW, max(map(len, documents)))
+    number = steps * Tuning.windows_per_step
+    windows_BT = CalibrationData(documents, length, number, work.calibration.seed).draw(-1)
+    with prepared(work.model, find_anatomy(work.model), [], [], False):
+        if HIDDEN in limits.kinds or plain_head(work.model) is None:
+            raise InvalidSettings(
+                "tuning_steps: the dense model's head must serve the pruned model, and nothing may "
+                f"change its logits afterwards (softcapping, a cut hidden size); got {steps}. "
+                "Take 0."
+            )
+        return windows_BT, dense_states(work.model, windows_BT)
 
 
 def _observers(settings: AdaptPrunerSettings) -> list[Observer]:

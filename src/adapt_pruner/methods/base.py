@@ -132,11 +132,11 @@ def limits_of(settings: PruneSettings, anatomy: Anatomy, can_cut: frozenset[str]
             f"{list(settings.protect_layers)}."
         )
     kinds = _kinds_to_cut(settings, anatomy, can_cut)
-    widths = [axis.size for axis in anatomy.of_kinds({NEURONS})]
-    if NEURONS in kinds and settings.multiple > 1 and settings.multiple >= max(widths):
+    widths = [axis.num_units for axis in anatomy.axes if axis.kind == NEURONS]
+    if NEURONS in kinds and widths and 1 < settings.multiple >= max(widths):
         raise InvalidSettings(
             f"multiple: the widest MLP has {max(widths):,} neurons, so that none could be cut in "
-            f"multiples of {settings.multiple:,}. Lower it, or cut other things alone."
+            f"multiples of {settings.multiple:,}. Lower it, or leave neurons out of --cut."
         )
     return Limits(
         kinds=kinds,

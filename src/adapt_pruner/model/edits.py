@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoadingError
+from ..errors import LoadingError, shown
 from .anatomy import Anatomy, find_anatomy
 from .axes import ATTENTION, HIDDEN, LAYERS, MLP, AxisKey
 from .configuring import describe_model, drop_layers_of_config
@@ -152,7 +152,7 @@ def edit_of(record: Any) -> Edit:
         return EDITS[record["edit"]].of_record(record)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
         raise LoadingError(
-            f"The record of an edit is damaged or unknown: {record!r:.80}."
+            f"The record of an edit is damaged or unknown: {shown(record)}."
         ) from None
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -44,23 +45,32 @@ class LayerConfig:
 
 def layer_config(config: Any, layer_idx: int) -> Any:
     """Return what layer `layer_idx` is built from: `config` itself where all layers are equal."""
-    if not getattr(config, "is_heterogeneous", False):
-        return config
-    layer = config.per_layer_config[layer_idx]
-    names = {*config.per_layer_attributes, "skip"}
-    return LayerConfig(config, {name: getattr(layer, name) for name in names})
+    if getattr(config, "is_heterogeneous", False):
+        layer = config.per_layer_config[layer_idx]
+        names = {*config.per_layer_attributes, "skip"}
+        return LayerConfig(config, {name: getattr(layer, name) for name in names})
+    stored = getattr(config, "per_layer_config", None)
+    if isinstance(stored, dict):  # transformers 4 keeps what stands in config.json as it is
+        by_layer = {int(layer): overrides for layer, overrides in stored.items()}
+        return LayerConfig(config, by_layer.get(layer_idx, {}))
+    return config
 
 
 def alter_layer(layer: Any, config: Any, attention: str, sublayers: Any) -> None:
     """Leave out and add what the layer's own `config` says. Mutates `layer`."""
-    from .skipped import add_biases, skip_sublayers
+    from . import skipped  # needs torch, which `import adapt_pruner` alone does not load
 
-    add_biases(layer, getattr(config, "added_biases", None) or ())
-    skip_sublayers(layer, getattr(config, "skip", None) or (), attention, sublayers)
+    skipped.alter_layer(layer, config, attention, sublayers)
 
 
-def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
-    layer_class = getattr(module, architecture.layer_class, None)
+def extend_layer_class(class_name: str, attention: str, sublayers: Any, module: ModuleType) -> None:
+    """Let a decoder layer class read `per_layer_config`. Mutates the class, once.
+
+    Args:
+        attention: name of the attention module in a layer.
+        sublayers: module that a layer can do without -> names of its norms.
+    """
+    layer_class = getattr(module, class_name, None)
     if layer_class is None or hasattr(layer_class.__init__, "__wrapped__"):
         return
     original = layer_class.__init__
@@ -69,7 +79,7 @@ def _extend_layer_class(architecture: Architecture, module: ModuleType) -> None:
     def __init__(self, config, layer_idx, *args, **kwargs):
         own = layer_config(config, layer_idx)
         original(self, own, layer_idx, *args, **kwargs)
-        alter_layer(self, own, architecture.attention, architecture.sublayers)
+        alter_layer(self, own, attention, sublayers)
 
     layer_class.__init__ = __init__
 
@@ -78,21 +88,31 @@ def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
     return "Reading global config value for per-layer attribute" not in str(record.msg)
 
 
-def _register(architecture: Architecture) -> None:
-    hook = functools.partial(_extend_layer_class, architecture)
-    wrapt.register_post_import_hook(hook, architecture.modeling_module)
+def at_import(hook: Callable[[Architecture, ModuleType], None]) -> None:
+    """Call `hook` with every supported architecture when its modelling file is imported."""
+
+    def register_all(architectures: Iterable[Architecture]) -> None:
+        for architecture in architectures:
+            wrapt.register_post_import_hook(
+                functools.partial(hook, architecture), architecture.modeling_module
+            )
+
+    def register_foreign(transformers: ModuleType) -> None:
+        register_all([ARCHITECTURES[name] for name in ARCHITECTURES.foreign])
+
+    register_all(ARCHITECTURES.own.values())
+    wrapt.register_post_import_hook(register_foreign, "transformers")
 
 
-def _register_foreign(transformers: ModuleType) -> None:
-    for name in ARCHITECTURES.foreign:
-        _register(ARCHITECTURES[name])
+def _extend(architecture: Architecture, module: ModuleType) -> None:
+    extend_layer_class(
+        architecture.layer_class, architecture.attention, architecture.sublayers, module
+    )
 
 
 def register() -> None:
     """Arrange for every supported layer class to be extended when its module is imported."""
-    for architecture in ARCHITECTURES.own.values():
-        _register(architecture)
-    wrapt.register_post_import_hook(_register_foreign, "transformers")
+    at_import(_extend)
     # Our checkpoints declare that reading a global width is intended; the warning is noise.
     logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(
         _is_not_about_global_widths

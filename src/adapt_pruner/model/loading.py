@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from contextlib import contextmanager
 from importlib import resources
@@ -32,6 +34,7 @@ from ..errors import (
 )
 from .anatomy import architecture_of
 from .checks import check_class, check_sizes, check_weights, read_config
+from .gguf_input import mend_tokenizer, read_header, stored_dtype
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""
@@ -66,6 +69,8 @@ def load_config(name: str, trust_remote_code: bool = False, prunable: bool = Tru
         UnsupportedModel: if it is of a kind that is not known.
     """
     name = resolve_name(name)
+    if is_gguf(name):
+        return _gguf_config(name)
     if _looks_local(name) and not Path(name).is_dir():
         raise LoadingError(f"There is no model directory '{name}'. Name one that exists.")
     with reading(name, "configuration"):
@@ -73,7 +78,7 @@ def load_config(name: str, trust_remote_code: bool = False, prunable: bool = Tru
             read_config(Path(name))
         raw, _ = PreTrainedConfig.get_config_dict(name)
         model_type = raw.get("model_type")
-        if not model_type or not isinstance(model_type, str):
+        if not isinstance(model_type, str) or not 0 < len(model_type) < 100:
             raise LoadingError(f"'{name}' has no config.json with a model_type; is it a model?")
         check_sizes(name, raw)
         if model_type == "mobilellm":
@@ -89,9 +94,41 @@ def load_config(name: str, trust_remote_code: bool = False, prunable: bool = Tru
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a model is named by a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def _gguf_config(name: str) -> Any:
+    """The configuration that the header of a GGUF file amounts to."""
+    file = Path(name)
+    if not file.is_file():
+        raise LoadingError(f"There is no model file '{name}'. Name one that exists.")
+    state = file.stat()
+    return copy.deepcopy(_read_gguf_config(file.resolve(), state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_gguf_config(file: Path, size: int, time: int) -> Any:
+    """Kept while the file's size and time stay the same: transformers needs seconds for it."""
+    header = read_header(file)
+    if header.architecture in ("deci", "openelm"):
+        raise LoadingError(
+            f"'{file}' holds layers of different width (architecture {header.architecture}), which "
+            "are not read back from GGUF. Name the directory that it was exported from, or run it: "
+            "adapt-pruner run FILE PROMPT."
+        )
+    with reading(str(file), "configuration"):
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config.dtype = getattr(torch, stored_dtype(header))
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    config.architectures = [known]
+    return config
+
+
 def commit_of(name: str) -> str | None:
-    """The commit of a model on the hub whose configuration was just read; None for a directory."""
-    if Path(name).is_dir():
+    """The commit of a model on the hub whose configuration was just read; None for files here."""
+    if Path(name).exists():
         return None
     file = try_to_load_from_cache(name, "config.json")
     return Path(file).parent.name if isinstance(file, str) else None
@@ -138,10 +175,12 @@ def load_model(
     if dtype == "auto" and device == "cpu" and device_map is None:
         dtype = "float32"
     dtype = "auto" if dtype == "stored" else dtype
+    if dtype == "auto" and is_gguf(name):
+        dtype = str(config.dtype).removeprefix("torch.")
     name = resolve_name(name)
     with reading(name, "weights"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
+            Path(name).parent if is_gguf(name) else name,
             config=config,
             # For pickles on "main", transformers asks a service to convert them on the hub.
             revision=commit_of(name) or "main",
@@ -150,12 +189,27 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **_gguf_file(name),
         )
         model, report = loaded
         check_weights(name, report, config)
         if device_map is None:
             model.to(device)
+    if is_gguf(name):
+        _forget_quantisation(model)
     return model.eval()
+
+
+def _gguf_file(name: str) -> dict[str, str]:
+    """How transformers is told that a directory's model is in a GGUF file."""
+    return {"gguf_file": Path(name).name} if is_gguf(name) else {}
+
+
+def _forget_quantisation(model: Any) -> None:
+    """A model that was read from a GGUF file is an ordinary one: its values are floats now."""
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _check_kind(config: Any, prunable: bool) -> None:
@@ -221,14 +275,22 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     with reading(name, "tokenizer"):
         slow = {"use_fast": False} if _is_mobilellm(name) else {}
         tokenizer = AutoTokenizer.from_pretrained(
-            name, config=raw, trust_remote_code=trust_remote_code, **slow
+            Path(name).parent if is_gguf(name) else name,
+            config=raw,
+            trust_remote_code=trust_remote_code,
+            **slow,
+            **_gguf_file(name),
         )
+        if is_gguf(name):
+            mend_tokenizer(tokenizer, read_header(Path(name)))
     if not len(tokenizer):
         raise LoadingError(f"The tokenizer of '{name}' is empty: its files are missing.")
     return tokenizer
 
 
 def _is_mobilellm(name: str) -> bool:
+    if is_gguf(name):
+        return False
     raw, _ = PreTrainedConfig.get_config_dict(name)
     return raw.get("model_type") == "mobilellm"
 

@@ -68,3 +68,9 @@ def add_biases(layer: nn.Module, names) -> None:
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
             vars(layer)["added_biases"] = (*vars(layer).get("added_biases", ()), name)
+
+
+def alter_layer(layer: nn.Module, config: Any, attention: str, sublayers) -> None:
+    """Leave out and add what the layer's own `config` says. Mutates `layer`."""
+    add_biases(layer, getattr(config, "added_biases", None) or ())
+    skip_sublayers(layer, getattr(config, "skip", None) or (), attention, sublayers)

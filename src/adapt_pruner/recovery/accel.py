@@ -104,14 +104,13 @@ def run_accel(
     with ExitStack() as stack:
         accelerator = make_accelerator(request, place.directory, stack)
         place.check(request.sources())
-        is_finished = place.is_finished
+        is_finished, resumes = place.is_finished, bool(place.checkpoints())
         accelerator.wait_for_everyone()  # all have looked before the first one changes something
         if is_finished:
             if accelerator.is_main_process:
                 with claimed(place.final):
                     place.settle()
             return AccelOutcome(None, f"'{output}' holds this run already, finished.")
-        resumes = bool(place.checkpoints())
         materials = gather(request, accelerator, listener, with_model=not resumes)
         if accelerator.is_main_process:
             place.begin(stack)

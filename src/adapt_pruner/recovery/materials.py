@@ -126,6 +126,7 @@ def gather(
     own = settings.calibration == TRAINING_DATA
     calibration = None if own else calibration_for(empty, tokenizer, settings)
     data = _prepare(request, accelerator, mixture, tokenizer, phases, empty, listener)
+    _check_answers(data, request.recovery.loss_on)
     listener.on_data(data.describe())
     windows_per_step = tokens_per_step(request.recovery) // request.recovery.sequence_length
     num_windows = phases[-1].end_step * windows_per_step
@@ -152,6 +153,14 @@ def seed_of(request: AccelRequest) -> int:
     """Seed of the order of the data."""
     own = request.recovery.train_seed
     return request.settings.seed if own is None else own
+
+
+def _check_answers(data: PackedData, loss_on: str) -> None:
+    if loss_on == "answers" and all(domain.account.format == "text" for domain in data.domains):
+        raise InvalidSettings(
+            "loss_on: the data are plain text, without answers to take the loss on. Take data of "
+            "instructions or chats, or loss_on all."
+        )
 
 
 def _prepare(

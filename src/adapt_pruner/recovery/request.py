@@ -9,7 +9,7 @@ from typing import Any
 from ..api import Listener
 from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
-from ..limits import Budget, Hours, Loss, Rounds, Steps, checked
+from ..limits import Budget, Hours, Loss, Rounds, Steps, checked_value
 from ..result import PruningResult
 from ..settings import PruneSettings
 from .lora import require_peft
@@ -113,7 +113,7 @@ def check_together(request: AccelRequest) -> None:
     for name, kind in _NUMBERS.items():
         value = getattr(request, name)
         if value is not None or name in ("tokens", "save_steps"):
-            checked(kind, name, value)
+            checked_value(kind, name, value)
     if isinstance(request.report_to, str):
         raise InvalidSettings(
             f"report_to: a list of names, such as ['tensorboard']; got '{request.report_to}'."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadingError
+from ..export.engines import Serving, limits, servings
 from ..figures import change, duration, figure, in_bytes, short
 from ..parsing import ParsingError, parse_yaml
 from .record import Run
@@ -66,7 +67,13 @@ class Facts:
     protocol: str
     """On what quality was measured, and how."""
     loading: str
-    serving: str
+    """Python that loads the model."""
+    loading_notes: list[str]
+    """What else there is to say of loading it."""
+    servings: list[Serving]
+    """How each engine serves it."""
+    limits: list[str]
+    """What other tools may stumble over."""
 
 
 def facts_of(run: Run, extras: Extras | None = None) -> Facts:
@@ -89,7 +96,9 @@ def facts_of(run: Run, extras: Extras | None = None) -> Facts:
         extremes=_extremes(run),
         protocol=_protocol(run),
         loading=_loading(run),
-        serving=_serving(run),
+        loading_notes=_loading_notes(run),
+        servings=servings(run.name, run.config),
+        limits=limits(run.config),
     )
 
 
@@ -249,6 +258,8 @@ def _extremes(run: Run) -> str:
     cuts = run.record.parameters_cut
     if not any(cuts) or len(cuts) < 2:
         return ""
+    if len(set(cuts)) == 1:
+        return f"All {len(cuts)} layers gave up the same."
     total = sum(cuts)
     most, least = cuts.index(max(cuts)), cuts.index(min(cuts))
     return (
@@ -277,18 +288,29 @@ def _phases(run: Run) -> list[dict[str, Any]]:
 
 
 def _loading(run: Run) -> str:
-    """Python that loads the model."""
     need = "import adapt_pruner  # layers differ in width\n" if run.is_heterogeneous else ""
     return (
         f"{need}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{run.name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{run.name}")'
+        f"model = AutoModelForCausalLM.from_pretrained({run.name!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({run.name!r})"
     )
 
 
-def _serving(run: Run) -> str:
-    """A shell command that serves the model with an OpenAI-compatible API."""
+def _loading_notes(run: Run) -> list[str]:
+    """Sentences without anything that a user or a model is called: they go into Markdown as is."""
     if not run.is_heterogeneous:
-        return f"transformers serve {run.name}"
-    load = "import adapt_pruner; from transformers.cli.transformers import main; main()"
-    return f'python -c "{load}" serve {run.name}'
+        return []
+    notes = [
+        "Programs that build a model by the name of its class (`transformers serve`, trl's "
+        "`SFTTrainer` with a path, quanto when it loads again) need the import as well: put "
+        "`adapt-pruner with` before their command, such as "
+        "`adapt-pruner with trl sft --model_name_or_path ...`."
+    ]
+    if run.is_portable:
+        return [
+            "Without adapt-pruner, from transformers 4.57 on: pass `trust_remote_code=True` to "
+            "`AutoModelForCausalLM.from_pretrained`, `AutoModel` or a classifier's class; the code "
+            "is `modeling_pruned.py` beside the weights.",
+            *notes,
+        ]
+    return [*notes, "`--portable` adds the code that readers without adapt-pruner need."]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .. import __version__
 from ..figures import duration, figure, short
@@ -52,7 +53,7 @@ def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(figure=figure, duration=duration)
+    environment.filters.update(figure=figure, duration=duration, quoted=shlex.quote, code=_code)
     extras = extras or [Extras() for _ in runs]
     sections = [
         _section(run, f"run{i}", more)
@@ -63,6 +64,15 @@ def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
         sections=sections,
         generator=GENERATOR,
         overview=_overview(sections),
+    )
+
+
+def _code(sentence: str) -> Markup:
+    """A sentence as HTML, with what stands between backticks as code."""
+    parts = sentence.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part)
+        for i, part in enumerate(parts)
     )
 
 

@@ -30,6 +30,7 @@ from ..limits import (
     message_of,
 )
 from ..model.axes import KV_GROUPS
+from ..model.checks import check_sizes
 from ..parsing import parse_json
 from ..result import PRUNING_FILE, Size, StepRecord
 
@@ -90,24 +91,20 @@ class RunRecord(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunRecord:
-        for what, size in (("before", self.before), ("after", self.after)):
-            if not 0 < size.decoder_layers <= size.total:
-                raise ValueError(f"{what}: sizes must be positive, and that of the layers a part")
         count = len(self.widths_before)
-        if not count or len(self.widths_after) != count:
-            raise ValueError("widths_before and widths_after must have an entry for each layer")
-        for old, new in zip(self.widths_before, self.widths_after, strict=True):
-            if not old.keys() <= new.keys():
-                raise ValueError("a layer must have the same widths before and after")
         left = range(count) if self.layers_left is None else self.layers_left
-        if any(layer >= count for layer in left):
-            raise ValueError("layers_left must name layers that there were")
-        for size, layers in ((self.before, range(count)), (self.after, left)):
-            if size.layers and len(size.layers) != len(layers):
-                raise ValueError("sizes must have an entry for each layer")
+        if not count or len(self.widths_after) != count or any(i >= count for i in left):
+            raise ValueError("widths_before and widths_after must have an entry for each layer")
+        pairs = zip(self.widths_before, self.widths_after, strict=True)
+        if any(old.keys() - new.keys() for old, new in pairs):
+            raise ValueError("a layer must have the same widths before and after")
+        if list(left) != sorted(set(left)):
+            raise ValueError("layers_left must ascend")
+        for size, layers in ((self.before, count), (self.after, len(left))):
+            _check_size(size, layers)
         for step in self.steps:
             figures = [step.loss, *step.layer_importance, *step.layer_distance]
-            if len(step.layer_importance) not in (0, count) or not all(map(isfinite, figures)):
+            if len(step.layer_importance) > count or not all(map(isfinite, figures)):
                 raise ValueError("a step must have a finite importance for each layer")
             if step.parameters < 1:
                 raise ValueError("a step must leave parameters")
@@ -124,6 +121,16 @@ class RunRecord(BaseModel):
     def command(self) -> str:
         """The command that made the run."""
         return "adapt-pruner accel" if self.training else "adapt-pruner prune"
+
+
+def _check_size(size: Size, layers: int) -> None:
+    """Raise ValueError for sizes that no model has."""
+    if not 0 <= size.decoder_layers <= size.total or not size.total:
+        raise ValueError("sizes must be positive, and that of the decoder layers a part of all")
+    if len(size.layers) not in (0, layers) or any(one < 0 for one in size.layers):
+        raise ValueError("a size must have a count for each layer")
+    if any(one < 0 for one in size.parts.values()) or sum(size.parts.values()) > size.total:
+        raise ValueError("parts must be positive, and add up to the total at most")
 
 
 class TrainingStep(BaseModel):
@@ -174,7 +181,7 @@ class _Pruning(BaseModel):
 
 def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
     """Layer -> how many KV groups it had, and which of them stayed."""
-    edits = edits_of_record(parse(_Pruning, file).model_dump(exclude_unset=True))
+    edits = edits_of_record(parse(_Pruning, file).model_dump())
     found = {}
     for name, axis in _checked(list[_Edit], edits[:1], file)[0].axes.items() if edits else ():
         layer, _, kind = name.partition("/")
@@ -203,6 +210,11 @@ class Run:
         """Whether layers differ in width, so that a reader must import this package."""
         return bool(self.config.get("per_layer_config"))
 
+    @property
+    def is_portable(self) -> bool:
+        """Whether it carries the code that other readers need."""
+        return bool(self.config.get("auto_map"))
+
 
 def read_run(directory: str | Path, name: str | None = None) -> Run:
     """Read the directory of a run; its weights are not touched.
@@ -219,8 +231,10 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    phases = directory / "phases.json"
     groups = _kept_groups(pruning) if pruning.is_file() else {}
+    phases = directory / "phases.json"
+    config = parse(dict[str, Any], directory / "config.json")
+    check_sizes(str(directory), config)
     record = parse(RunRecord, directory / RUN_FILE)
     if beyond := [layer for layer in groups if layer >= len(record.widths_before)]:
         raise LoadingError(
@@ -232,7 +246,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         name=name or directory.resolve().name,
         record=record,
         recipe=_text(recipe) if recipe.is_file() else "",
-        config=parse(dict[str, Any], directory / "config.json"),
+        config=config,
         kept_groups=groups,
         training=_training_log(directory / "training.jsonl"),
         phases=parse(list[Phase], phases) if phases.is_file() else [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,17 @@ class Wanted:
     max_new_tokens: int = 64
     speed: bool = False
     dense: str | None = None
-    """The dense model, if it is not where it was when the run was made."""
+    """The dense model. Nothing is loaded that the user does not name."""
     device: str = "auto"
     trust_remote_code: bool = False
 
 
 def make_extras(run: Run, wanted: Wanted) -> Extras:
-    """Let the dense and the pruned model write, and time them.
+    """Let the pruned model write, and the dense one where it is named; time them.
 
-    A dense model that cannot be loaded is said in the result, and no error.
+    What recipe.yaml and run.json call the dense model is text that came with the directory: it is
+    shown, and loaded only if the user names it. A dense model that cannot be loaded is said in the
+    result, and no error.
 
     Raises:
         LoadingError: if the pruned model cannot be loaded.
@@ -43,14 +46,15 @@ def make_extras(run: Run, wanted: Wanted) -> Extras:
     pruned = load_model(str(run.directory), device=wanted.device)
     tokenizer = load_tokenizer(str(run.directory))
     prompts = [_encode(prompt, tokenizer, pruned, wanted) for prompt in wanted.prompts]
-    name, dense = wanted.dense or dense_model(run), None
-    extras = Extras()
+    extras, dense = Extras(), None
     try:
-        if not name:
-            raise AdaptPrunerError("the run does not say which it was.")
-        dense = load_model(name, device=wanted.device, trust_remote_code=wanted.trust_remote_code)
+        if not wanted.dense:
+            raise AdaptPrunerError(_not_named(run))
+        dense = load_model(
+            wanted.dense, device=wanted.device, trust_remote_code=wanted.trust_remote_code
+        )
     except AdaptPrunerError as error:
-        extras.missing_dense = f"The dense model could not be asked: {error}"
+        extras.missing_dense = f"The dense model was not asked: {error}"
     for prompt, ids_1T in zip(wanted.prompts, prompts, strict=True):
         written = [
             _continue(model, tokenizer, prompt, ids_1T, wanted.max_new_tokens) if model else None
@@ -60,6 +64,13 @@ def make_extras(run: Run, wanted: Wanted) -> Extras:
     if wanted.speed and dense:
         _measure_speed(extras, dense, pruned)
     return extras
+
+
+def _not_named(run: Run) -> str:
+    named = dense_model(run)
+    if not named:
+        return "name it by --dense MODEL."
+    return f"only what the run's directory holds is loaded; add --dense {shlex.quote(named)}."
 
 
 def _encode(prompt: str, tokenizer: Any, model: Any, wanted: Wanted) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +52,10 @@ def score_rows(run: Run, file: Path) -> list[Row]:
     models = parse(_File, file).models
     mine = _find(models, [str(run.directory)], run.record.after.total)
     if mine is None:
+        models = [dense_model(run) or "DENSE", str(run.directory), "--json", str(file)]
         raise LoadingError(
             f"'{file}' has no results of '{run.directory}'; make them by "
-            f"`adapt-pruner evaluate {dense_model(run) or 'DENSE'} {run.directory} --json {file}`."
+            f"`{shlex.join(['adapt-pruner', 'evaluate', *models])}`."
         )
     names = [name for name in (dense_model(run), run.record.source_model) if name]
     dense = _find(models, names, run.record.before.total)

@@ -5,7 +5,7 @@ mean loss per token; sums run over windows, so results do not depend on the micr
 several processes share the work (`Pass.group`), each takes its share of the windows, and the sums
 run over all of them, so that every process gets the same statistics.
 
-Shapes: B windows, T tokens, V vocabulary.
+Shapes: B windows, T tokens, X hidden size or vocabulary.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import NonFiniteError
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis
-from ..precision import in_float64, zero_in_float64
+from ..precision import zero_in_float64
 from ..processes import add_up, share_of
+from .head import cross_entropy, hidden_states, plain_head, through_head
 from .observers import Observer, matrices
 
 SomeObserver = TypeVar("SomeObserver", bound=Observer)
@@ -92,7 +93,7 @@ def collect(
     for observer in observers:
         observer.anatomy, observer.axes = anatomy, axes
         observer.is_active = lambda: torch.is_grad_enabled() or not backward
-    with _prepared(model, anatomy, observers, axes, how.gradient_checkpointing):
+    with prepared(model, anatomy, observers, axes, how.gradient_checkpointing):
         size = _first_micro_batch_size(how, windows_BT, observers)
         while True:
             try:
@@ -123,10 +124,11 @@ def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Sta
     group = group if share_of(group)[1] <= len(windows_BT) else None
     rank, processes = share_of(group)
     own_BT = windows_BT[rank::processes]
+    head = plain_head(model)
     with _attached(anatomy, observers, backward), torch.set_grad_enabled(backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
-            loss += _run_micro_batch(model, batch_BT, backward).to(loss.device)
+            loss += _run_micro_batch(model, head, batch_BT, backward).to(loss.device)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
     if group is not None:
         add_up([loss, *(total for observer in observers for total in observer.sums())], group)
@@ -151,42 +153,22 @@ def _attached(anatomy: Anatomy, observers: Sequence[Observer], backward: bool) -
         yield
 
 
-def _run_micro_batch(model, tokens_BT: Tensor, backward: bool) -> Tensor:
+def _run_micro_batch(model, head: nn.Module | None, tokens_BT: Tensor, backward: bool) -> Tensor:
     """Forward and backward. Returns the sum of the window losses, or 0 without a backward pass.
 
     The graph is gone when this returns: hooks in it hold activations of every layer, which must not
-    live on into the next micro-batch.
+    live on into the next micro-batch. A head that is known is run some tokens at a time.
     """
-    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    if head is not None:
+        output_BTX = hidden_states(model, tokens_BT)
+    else:
+        output_BTX = model(input_ids=tokens_BT, use_cache=False).logits
     if not backward:
         return zero_in_float64(tokens_BT.device)
-    loss, gradient_BTV = _loss_and_gradient(logits_BTV.detach(), tokens_BT.to(logits_BTV.device))
-    logits_BTV.backward(gradient_BTV)
+    outcome = cross_entropy(tokens_BT)
+    loss, gradient_BTX = through_head(head or nn.Identity(), output_BTX, outcome)
+    output_BTX.backward(gradient_BTX)
     return loss
-
-
-@torch.no_grad()
-def _loss_and_gradient(logits_BTV: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over windows of the mean cross-entropy of the next token, and its gradient.
-
-    Computed in float32, some 128 tokens at a time: autograd would hold three float32 copies of the
-    logits of the whole micro-batch, which outweigh all else in a small model.
-
-    Returns a float64 scalar in nats, and a tensor like the logits.
-    """
-    num_predicted = tokens_BT.shape[1] - 1
-    loss = zero_in_float64(logits_BTV.device)
-    gradient_BTV = torch.zeros_like(logits_BTV)  # the last token of a window predicts nothing here
-    size = max(1, 128 // tokens_BT.shape[1])
-    for start in range(0, len(tokens_BT), size):
-        some = slice(start, start + size)
-        targets_BT1 = tokens_BT[some, 1:, None]
-        log_probs_BTV = logits_BTV[some, :-1].float().log_softmax(dim=-1)
-        loss -= in_float64(log_probs_BTV.gather(2, targets_BT1)).sum() / num_predicted
-        probs_BTV = log_probs_BTV.exp_()
-        probs_BTV.scatter_add_(2, targets_BT1, probs_BTV.new_tensor(-1.0).expand(targets_BT1.shape))
-        gradient_BTV[some, :-1] = probs_BTV.div_(num_predicted)
-    return loss, gradient_BTV
 
 
 def _require_gradient(module, args, kwargs) -> None:
@@ -197,7 +179,7 @@ def _require_gradient(module, args, kwargs) -> None:
 
 
 @contextmanager
-def _prepared(
+def prepared(
     model, anatomy: Anatomy, observers: Sequence[Observer], axes, checkpointing: bool
 ) -> Iterator[None]:
     """Evaluation mode and gradients only where wanted; everything as before on leaving."""

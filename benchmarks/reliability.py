@@ -1,0 +1,120 @@
+"""Count how wrong calls end, and what kills leave: the figures of docs/reliability.md.
+
+    PYTHONPATH=tests python benchmarks/reliability.py runs/reliability --kills 100
+
+Takes the generators of the tests (`tests/wrong_values.py`, `tests/kill_points.py`) in full, in one
+process after the other, on the CPU. Writes results.json and prints the two tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapt_pruner.methods import make_settings
+from adapt_pruner.report import pictures
+from adapt_pruner.run import Request, run_pruning
+from conftest import WORDS, character_tokenizer
+from kill_points import COMMANDS
+from picomodels import build
+from wrong_values import Call, judge, wrong_files, wrong_settings
+
+TESTS = Path(__file__).parents[1] / "tests"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--kills", type=int, default=100, help="Points of each command.")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    root = given.output.resolve()
+    materials(root)
+    (root / "files").mkdir(exist_ok=True)
+    calls = {
+        "settings": count(wrong_settings()),
+        "files": count(wrong_files(root / "files", root / "llama", root / "run")),
+    }
+    print_calls(calls)
+    kills = [kill(command, root, given.kills, given.seed) for command in COMMANDS]
+    print_kills(kills)
+    content = {"torch": torch.__version__, "seed": given.seed, "calls": calls, "kills": kills}
+    (root / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def materials(root: Path) -> None:
+    """A tiny model, a text and a run to damage."""
+    root.mkdir(parents=True, exist_ok=True)
+    build("llama", torch.float32).save_pretrained(root / "llama")
+    character_tokenizer().save_pretrained(root / "llama")
+    documents = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
+    (root / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    pictures.draw_all = lambda directory, result: {}
+    settings = make_settings(
+        calibration=str(root / "text.txt"), steps=1, windows=4, window_length=12
+    )
+    run_pruning(
+        Request(str(root / "llama"), settings, 0.2, overwrite=(root / "run").exists()), root / "run"
+    )
+
+
+def count(calls: Iterable[Call]) -> dict[str, Any]:
+    """How many calls ended in which way, and what was bad."""
+    ended, bad, longest, began = Counter(), [], 0.0, time.perf_counter()
+    for call in calls:
+        start = time.perf_counter()
+        verdict = judge(call)
+        longest = max(longest, time.perf_counter() - start)
+        ended[verdict.outcome] += 1
+        if verdict.outcome == "bad":
+            bad.append(f"{call.name}: {verdict.why}")
+    return {
+        "refused": ended["refused"], "passed": ended["passed"], "bad": bad,
+        "longest_s": round(longest, 2), "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def kill(command: str, root: Path, points: int, seed: int) -> dict[str, Any]:
+    """Kill a command at so many points; in a process of its own, of which it makes forks."""
+    script = [sys.executable, str(TESTS / "kill_points.py"), command, str(root)]
+    more = ["--points", str(points), "--seed", str(seed)]
+    began = time.perf_counter()
+    done = subprocess.run([*script, *more], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def print_calls(calls: dict[str, dict[str, Any]]) -> None:
+    print("\n| wrong | calls | refused in a sentence | valid | bad | longest |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, found in calls.items():
+        bad = len(found["bad"])
+        total = found["refused"] + found["passed"] + bad
+        print(
+            f"| {name} | {total:,} | {found['refused']:,} | {found['passed']:,} | {bad} | "
+            f"{found['longest_s']} s |"
+        )
+
+
+def print_kills(kills: list[dict[str, Any]]) -> None:
+    print("\n| command | events | kills | not whole, or something left |")
+    print("| --- | --- | --- | --- |")
+    for found in kills:
+        print(
+            f"| {found.get('command')} | {found.get('events')} | {found.get('kills')} | "
+            f"{len(found['bad'])} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
