@@ -12,7 +12,8 @@ import adapt_pruner
 ROOT = Path(adapt_pruner.__file__).parent
 
 LAYERS = [
-    {"errors", "figures", "registry", "files", "cache"},
+    {"errors", "figures", "registry", "files", "cache", "claims", "durable", "limits", "parsing"}
+    | {"markup", "precision", "processes"},
     {"model"},
     {"data", "score"},
     {"allocate"},
@@ -21,7 +22,7 @@ LAYERS = [
     {"methods"},
     {"api", "result", "plan", "inspection", "checkpoint", "run"},
     {"recovery", "evaluation", "comparison"},
-    {"report"},
+    {"report", "export"},
     {"cli"},
 ]
 """From the bottom up."""
@@ -34,6 +35,9 @@ KNOWN = {
     ("comparison.picture", "report.pictures"),
     ("run", "evaluation"),  # a run measures before and after
     ("run", "evaluation.perplexity"),
+    ("run", "export"),  # an output that ends in .gguf
+    ("run", "export.gguf_file"),
+    ("run", "export.quantise"),
 }
 """Imports that point up: (module, what it imports). A list to shrink: none may be added."""
 
