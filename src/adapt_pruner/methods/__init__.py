@@ -9,7 +9,7 @@ from ..errors import InvalidSettings, near_match
 from ..model.anatomy import Anatomy
 from ..registry import Registry
 from ..settings import PruneSettings, build
-from . import adapt_pruner, baselines, depth, flap, llm_pruner
+from . import adapt_pruner, baselines, depth, flap, llm_pruner, minitron, slicegpt
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -27,6 +27,8 @@ METHODS: Registry[Method] = Registry(
         "uniform": baselines.UNIFORM,
         "magnitude": baselines.MAGNITUDE,
         "random": baselines.RANDOM,
+        "minitron": minitron.METHOD,
+        "slicegpt": slicegpt.METHOD,
     },
 )
 """Other packages add to it: a `Method` as an entry point of the group `adapt_pruner.methods`."""

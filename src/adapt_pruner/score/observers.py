@@ -99,6 +99,8 @@ class LayerDistance(Observer):
             if self.is_active():
                 x_BTD = (args[0] if args else kwargs["hidden_states"]).detach()
                 y_BTD = (output[0] if isinstance(output, tuple) else output).detach()
+                if hasattr(module, "carry"):  # a sliced layer puts out another basis
+                    x_BTD = module.carry(x_BTD).detach()
                 distance = self.metric.between(x_BTD, y_BTD.to(x_BTD.device))
                 self.found[i].append(distance * len(x_BTD))
 
