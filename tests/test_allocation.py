@@ -87,10 +87,10 @@ def test_what_may_not_be_cut_has_no_chain():
     assert [chain.keys for chain in removal.chains] == [[(0, "neurons")]]
 
 
-@pytest.mark.parametrize(("width", "left"), [(14, 14), (13, 12), (12, 12), (5, 4), (4, 4), (0, 4)])
-def test_removing_down_to_a_width_takes_as_few_blocks_as_will_do(width, left):
+@pytest.mark.parametrize(("width", "left"), [(14, 14), (13, 14), (12, 12), (5, 8), (4, 4), (0, 4)])
+def test_only_blocks_that_fit_whole_into_what_goes_are_removed(width, left):
     removal, _ = chains_of((mlp(0, 14), [1.0] * 14), multiple=4)
-    removal.chains[0].remove_down_to(width)
+    removal.chains[0].remove_whole(width)
     assert widths_left(removal) == [left]
 
 

@@ -123,8 +123,8 @@ class TestOptions:
     def test_attention_that_cannot_be_cut(self, refuse, workplace, tokenizer):
         build("gpt_neox", torch.float32).save_pretrained(workplace / "neox")
         tokenizer.save_pretrained(workplace / "neox")
-        says = ("prune: the attention of this architecture cannot be cut", "use mlp")
-        refuse("--prune", "attention", model="neox", says=says)
+        says = ("cut: this model has no kv-groups that can be cut; it has neurons, layers",)
+        refuse("--cut", "kv-groups", model="neox", says=says)
 
 
 class TestRecipe:
@@ -138,13 +138,19 @@ class TestRecipe:
             ("just words", "must be a mapping such as `sparsity: 0.2`; got 'just words'"),
             ("steps: 3\nseed: [1", "is not YAML: expected ',' or ']'"),
             ("a: b: c", "is not YAML: mapping values are not allowed here in line 1"),
-            ("sparsity: much", "sparsity must be a number or a whole number; got 'much'"),
-            ("sparsity: true", "sparsity must be a number or a whole number; got True"),
-            ("params: 1.5", "params must be a whole number or text; got 1.5"),
+            (
+                "sparsity: much",
+                "sparsity must be a number or a whole number or a list of them; got 'much'",
+            ),
+            (
+                "sparsity: true",
+                "sparsity must be a number or a whole number or a list of them; got True",
+            ),
+            ("params: 1.5", "params must be a whole number or text or a list of them; got 1.5"),
             ("evaluate: 5", "evaluate must be text; got 5"),
             ("portable: maybe", "portable must be true or false; got 'maybe'"),
             ("preset: [paper]", "preset must be text; got ['paper']"),
-            ("preset: papr", "There is no preset 'papr'. Did you mean 'paper'?"),
+            ("preset: papr", "adapt-pruner has no preset 'papr'. Did you mean 'paper'?"),
             ("seed: -1", "seed: Input should be greater than or equal to 0; got -1"),
             ("importance: tailor", "got 'tailor'"),
             ("protect_layers: [first]", "got 'first'"),

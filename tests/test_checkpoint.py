@@ -65,6 +65,7 @@ def test_loading_prints_nothing(readings, kind):
 def test_files_of_a_checkpoint(llama_checkpoint):
     files = {file.name for file in llama_checkpoint.iterdir()}
     assert files == {
+        ".adapt-pruner.json",
         "README.md", "config.json", "generation_config.json", "model.safetensors", "pictures",
         "pruning.json", "recipe.yaml", "report.html", "run.json", "tokenizer.json",
         "tokenizer_config.json",

@@ -97,7 +97,8 @@ def test_adaptive_steps_follow_equation_6():
             sparsity[layer] = min(max(sparsity[layer] + 0.1 - 0.05 * importance, 0), 0.99)
         for s, width in zip(sparsity, step.anatomy.widths, strict=True):
             assert width["intermediate_size"] == int(96 * (1 - s))
-            assert width["num_key_value_heads"] == int(4 * (1 - s))
+            # Counted in entries, heads have 8: a head goes when a whole one fits.
+            assert width["num_key_value_heads"] == -(-int(4 * 8 * (1 - s)) // 8)
 
 
 def test_every_cut_tells_what_it_kept():

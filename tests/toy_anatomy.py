@@ -19,6 +19,7 @@ class ToyAxis:
     unit_cost: int
     strata: int = 1
     is_presence: bool = False
+    grain: int = 1
 
     @property
     def key(self):

@@ -67,7 +67,10 @@ def _named_method(args: Sequence[str]) -> str:
         said = read_yaml(Path(recipe), "recipe", InvalidSettings)
         found = said.get("method") if isinstance(said, dict) else None
     method = str(found or DEFAULT_METHOD)
-    method_named(method)
+    try:
+        method_named(method)
+    except InvalidSettings as error:
+        raise click.UsageError(f"Invalid value for '--method': {error}") from None
     return method
 
 
@@ -132,7 +135,13 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list of them",
+}
 
 
 def read_recipe(
