@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey, Site
+from ..model.edits import Keep, entries_of
 from ..precision import in_float64
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
@@ -60,6 +61,10 @@ class Observer(ABC):
     def values(self) -> Iterable[tuple[str, Tensor | float]]:
         """What has to be finite, with what it is called in a message."""
         return ()
+
+    def carry(self, keep: Keep | None, share: float) -> None:
+        """Let go of the last pass. If `keep` says what stays of each axis, `share` of what was
+        found about it counts in the next pass; with None, nothing does."""
 
 
 class Distance(str, Enum):
@@ -137,6 +142,9 @@ class UnitGradients(Observer):
 
     needs_backward = True
 
+    def __init__(self) -> None:
+        self._before: tuple[float, dict[AxisKey, Tensor], dict[AxisKey, Tensor]] = 0.0, {}, {}
+
     def attach(self) -> Iterator[Any]:
         self.absolute: dict[AxisKey, Tensor] = {}
         """(U,), mean over windows of |sum over tokens of activation * dL/d(activation)|."""
@@ -180,8 +188,22 @@ class UnitGradients(Observer):
         return [*self.absolute.values(), *self.squared.values()]
 
     def finish(self, num_windows: int) -> None:
-        for value in self.sums():
-            value.div_(num_windows)
+        windows_before, *before = self._before
+        self.windows = num_windows + windows_before
+        for now, earlier in zip((self.absolute, self.squared), before, strict=True):
+            for key, value in now.items():
+                if windows_before:
+                    value.add_(earlier[key], alpha=windows_before)
+                value.div_(self.windows)
+
+    def carry(self, keep: Keep | None, share: float) -> None:
+        self._before = 0.0, {}, {}
+        if keep is not None and share:
+            found = (
+                {key: v[keep[key].to(v.device)] if key in keep else v for key, v in table.items()}
+                for table in (self.absolute, self.squared)
+            )
+            self._before = self.windows * share, *found
 
     def values(self):
         for key, value in self.absolute.items():
@@ -191,9 +213,12 @@ class UnitGradients(Observer):
 class Gram(Observer):
     """X^T X of the inputs X of every output projection that an axis has units in."""
 
-    def __init__(self, ridge: float = 0.01):
+    def __init__(self, ridge: float = 0.01, carries: bool = False):
         self.ridge = ridge
         """Added to the diagonal before a matrix is inverted, relative to its mean."""
+        self.carries = carries
+        """Whether to hold on to the matrices for `carry`, in the machine's own memory."""
+        self._before: dict[AxisKey, Tensor] = {}
 
     def attach(self) -> Iterator[Any]:
         self.matrix: dict[AxisKey, Tensor] = {}
@@ -216,8 +241,22 @@ class Gram(Observer):
         return self.matrix.values()
 
     def finish(self, num_windows: int) -> None:
-        for matrix_CC in self.matrix.values():
+        for key, matrix_CC in self.matrix.items():
             mirror(matrix_CC)
+            if key in self._before:
+                matrix_CC.add_(self._before.pop(key).to(matrix_CC.device))
+        self._before.clear()
+        if self.carries:
+            self._before = {key: matrix.to("cpu", copy=True) for key, matrix in self.matrix.items()}
+
+    def carry(self, keep: Keep | None, share: float) -> None:
+        self._inverses.clear()
+        if keep is None or not share:
+            self._before.clear()
+        for key, kept_C in kept_columns(self.axes, keep or {}).items():
+            if key in self._before:
+                matrix_CC = self._before[key][kept_C][:, kept_C]
+                self._before[key] = matrix_CC.mul_(share)
 
     def values(self):
         for (layer, path), matrix_CC in self.matrix.items():
@@ -307,6 +346,17 @@ def matrices(axes: Iterable[Axis]) -> list[nn.Parameter]:
     """The matrices that units are cut from, each once."""
     slots = (slot for axis in axes for slot in axis.slots)
     return list(dict.fromkeys(slot.tensor for slot in slots if slot.tensor.dim() == 2))
+
+
+def kept_columns(axes: Iterable[Axis], keep: Keep) -> dict[AxisKey, Tensor]:
+    """(C,) bool for each output projection that units of axes go from: which columns stay."""
+    kept: dict[AxisKey, Tensor] = {}
+    for axis in axes:
+        if axis.output is not None and axis.key in keep:
+            width = axis.output.tensor.shape[1]
+            kept_C = kept.setdefault(axis.projection, torch.ones(width, dtype=torch.bool))
+            kept_C[entries_of(axis.output.index_UK, ~keep[axis.key])] = False
+    return kept
 
 
 def add_to(table: dict, key, value: Tensor) -> None:
