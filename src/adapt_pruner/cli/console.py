@@ -60,7 +60,8 @@ def hush_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.getLogger("fsspec").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    gguf_reader.tqdm = functools.partial(gguf_reader.tqdm, disable=True)  # it has its own bar
+    reader: Any = gguf_reader
+    reader.tqdm = functools.partial(reader.tqdm, disable=True)  # it has its own bar
 
 
 def _progress(quiet: bool, *columns: ProgressColumn) -> Progress:

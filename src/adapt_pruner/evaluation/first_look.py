@@ -76,7 +76,8 @@ def _in_llama_cpp(file: Path, prompt: str, num_tokens: int, chat: bool) -> str:
         ) from None
     if chat and "tokenizer.chat_template" not in header.metadata:
         raise _no_template(str(file))
-    parameters = xllamacpp.CommonParams()
+    engine: Any = xllamacpp
+    parameters = engine.CommonParams()
     parameters.model.path = str(file)
     parameters.n_ctx = len(prompt.encode()) + num_tokens + MARGIN
     parameters.n_parallel = 1
@@ -88,7 +89,7 @@ def _in_llama_cpp(file: Path, prompt: str, num_tokens: int, chat: bool) -> str:
     common: dict[str, Any] = {"max_tokens": num_tokens, "temperature": 0.0}
     with _silent():
         try:
-            server = xllamacpp.Server(parameters)
+            server = engine.Server(parameters)
             if chat:
                 said = [{"role": "user", "content": prompt}]
                 answer = server.handle_chat_completions({"messages": said, **common})

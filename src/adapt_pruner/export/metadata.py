@@ -21,7 +21,8 @@ EPSILONS = {
 def add_hyperparameters(writer: gguf.GGUFWriter, config: Any, layout: Layout) -> list[str]:
     """Write sizes, widths of the layers, epsilons and RoPE. Returns what the user should know."""
     arch, notes = layout.architecture.name, []
-    context, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    context: int = config.max_position_embeddings
+    window: int = getattr(config, "sliding_window", None) or 0
     slides = window and getattr(config, "use_sliding_window", True)
     if slides and layout.architecture.window_every is None and window < context:
         notes.append(

@@ -149,7 +149,7 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
 
 def _check_tensor(tensor: TensorInfo, start: int, size: int) -> None:
     gguf = import_gguf()
-    if tensor.type not in iter(gguf.GGMLQuantizationType):
+    if tensor.type not in {int(kind) for kind in gguf.GGMLQuantizationType}:
         raise ValueError(f"tensor '{tensor.name}' has the unknown type {tensor.type}")
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
     end = start + tensor.offset + math.prod(tensor.shape) // block * block_bytes

@@ -121,7 +121,8 @@ def _read_gguf_config(file: Path, size: int, time: int) -> Any:
     with reading(str(file), "configuration"):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     config.dtype = getattr(torch, stored_dtype(header))
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    config.architectures = [known]
     return config
 
 
