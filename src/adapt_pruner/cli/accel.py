@@ -79,7 +79,7 @@ def command(
     adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
     adapt-pruner accel --recipe recipes/accel-demo.yaml -o small
     """
-    from ..recovery.request import TRAINING_DATA, AccelRequest
+    from ..recovery.request import DEFAULTS, AccelRequest
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
@@ -109,7 +109,7 @@ def command(
     flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
     request = AccelRequest(
         model=model,
-        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
+        settings=resolve_settings(preset, DEFAULTS, said, options),
         recovery=make_recovery_settings(**{**from_recipe, **given}),
         report_to=trackers,
         **values,

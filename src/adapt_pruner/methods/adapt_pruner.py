@@ -88,13 +88,14 @@ class AdaptPrunerSettings(PruneSettings):
             description="Strength of the refit's pull to the present weights; residual-fisher "
             "scores assume the same.",
         ),
-    ] = 0.01
+    ] = 0.1
     carry: Annotated[
         Share,
         Field(
-            description="What statistics of earlier steps count beside those of the present one."
+            description="What statistics of earlier steps count beside those of the present one; "
+            "1: every refit sees the tokens of all steps so far."
         ),
-    ] = 0.0
+    ] = 1.0
     tuning_steps: Annotated[
         Rank,
         Field(
@@ -103,7 +104,7 @@ class AdaptPrunerSettings(PruneSettings):
             "other windows. 0: none; nor are there any if the hidden size is cut or logits are "
             "softcapped.",
         ),
-    ] = 0
+    ] = 24
     steps: Annotated[
         Rounds,
         Field(
@@ -126,6 +127,8 @@ PRESETS = {
         "importance": "taylor",
         "allocation": "adaptive",
         "compensation": "none",
+        "carry": 0.0,
+        "tuning_steps": 0,
         "steps": 50,
         "amplitude": 0.02,
         "distance": "cosine",
@@ -244,7 +247,7 @@ def _observers(settings: AdaptPrunerSettings) -> list[Observer]:
     kinds = list(IMPORTANCES[settings.importance].needs)
     if settings.compensation == "refit" and Gram not in kinds:
         kinds.append(Gram)
-    gram = Gram(settings.ridge, carries=settings.carry > 0)
+    gram = Gram(settings.ridge, carries=settings.carry > 0 and settings.steps > 1)
     made = [gram if kind is Gram else kind() for kind in kinds]
     return [LayerDistance(settings.distance), *made]
 

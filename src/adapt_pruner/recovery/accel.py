@@ -17,7 +17,7 @@ from .finish import write_result
 from .launch import make_accelerator, start_trackers
 from .materials import gather
 from .request import (
-    TRAINING_DATA,
+    DEFAULTS,
     AccelListener,
     AccelOutcome,
     AccelRequest,
@@ -70,8 +70,9 @@ def accel(
             raise InvalidSettings(f"Give `{name}` or single ones, not both; got {sorted(single)}.")
     if settings is None:
         settings = make_settings(preset, **{name: options[name] for name in of_pruning})
-    if "calibration" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"calibration": TRAINING_DATA})
+    unsaid = {k: v for k, v in DEFAULTS.items() if k not in settings.model_fields_set}
+    fields = type(settings).model_fields
+    settings = settings.model_copy(update={k: v for k, v in unsaid.items() if k in fields})
     if recovery is None:
         recovery = make_recovery_settings(**{name: options[name] for name in of_training})
     request = AccelRequest(
