@@ -16,16 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from adapt_pruner.errors import NonFiniteError
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.score.collect import Pass, collect
-from adapt_pruner.score.observers import (
-    Distance,
-    Fisher,
-    Gram,
-    LayerDistance,
-    UnitGradients,
-    WeightGradients,
-    matrices,
-    normalise,
-)
+from adapt_pruner.score.distance import Distance, LayerDistance, normalise
+from adapt_pruner.score.observers import Fisher, Gram, UnitGradients, WeightGradients, matrices
 from picomodels import INTERMEDIATE_SIZE, NUM_LAYERS, PICO, build, random_tokens
 
 EVERYTHING = (Fisher, UnitGradients, Gram)

@@ -49,7 +49,7 @@ def test_damage_by_scales_is_undone(model_type):
 
 
 @pytest.mark.parametrize(
-    "why, how", [("it is whole", Tuning()), ("the rate is absurd", Tuning(learning_rate=3.0))]
+    ("why", "how"), [("it is whole", Tuning()), ("the rate is absurd", Tuning(learning_rate=3.0))]
 )
 def test_scales_that_do_not_help_are_not_kept(why, how):
     model = build("llama").eval()
@@ -78,7 +78,7 @@ def test_pruning_with_tuning_predicts_more_like_the_dense_model():
 
 
 @pytest.mark.parametrize(
-    "model_type, overrides, cut",
+    ("model_type", "overrides", "cut"),
     [("gemma2", {"final_logit_softcapping": 2.0}, "neurons"), ("llama", {}, "hidden")],
 )
 def test_tuning_is_left_out_where_the_dense_head_cannot_serve(

@@ -33,18 +33,11 @@ from ..model.axes import (
 )
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect, prepared
+from ..score.distance import Distance, LayerDistance, normalise
 from ..score.head import plain_head
 from ..score.importance import IMPORTANCES
-from ..score.observers import (
-    Distance,
-    Fisher,
-    Gram,
-    LayerDistance,
-    Observer,
-    WeightGradients,
-    normalise,
-)
-from ..settings import ImportanceName, PruneSettings
+from ..score.observers import Fisher, Gram, Observer, WeightGradients
+from ..settings import ImportanceName, PruneSettings, with_defaults
 from .base import Method, Outline, PruningStep, Work, limits_of
 
 CAN_CUT = frozenset(CUTS)
@@ -54,12 +47,9 @@ TUNING_WINDOW = 256
 """Tokens per window that scales are trained on."""
 
 
-class AdaptPrunerSettings(PruneSettings):
+class AdaptPrunerSettings(with_defaults(PruneSettings, "adapt-pruner", windows=256)):
     """Settings of Adapt-Pruner. The defaults are the preset `best`."""
 
-    method: Annotated[Literal["adapt-pruner"], Field(description="Pruning method.")] = (
-        "adapt-pruner"
-    )
     importance: Annotated[
         ImportanceName,
         Field(description="Score of a unit: how much worse the model gets without it."),
@@ -111,7 +101,7 @@ class AdaptPrunerSettings(PruneSettings):
             description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
             "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
         ),
-    ] = 10
+    ] = 5
     amplitude: Annotated[
         Amplitude,
         Field(description="Amplitude A of eq. 6, per step (--allocation adaptive)."),

@@ -71,8 +71,8 @@ def accel(
     if settings is None:
         settings = make_settings(preset, **{name: options[name] for name in of_pruning})
     unsaid = {k: v for k, v in DEFAULTS.items() if k not in settings.model_fields_set}
-    fields = type(settings).model_fields
-    settings = settings.model_copy(update={k: v for k, v in unsaid.items() if k in fields})
+    own = type(settings).model_fields
+    settings = settings.model_copy(update={k: v for k, v in unsaid.items() if k in own})
     if recovery is None:
         recovery = make_recovery_settings(**{name: options[name] for name in of_training})
     request = AccelRequest(

@@ -100,8 +100,8 @@ def collect(
         observer.anatomy, observer.axes = anatomy, axes
         observer.is_active = lambda: torch.is_grad_enabled() or not backward
     with prepared(model, anatomy, observers, axes, how.gradient_checkpointing):
-        wanted = micro_batch_size(how.micro_batch_size, windows_BT.shape[1], device.type, observers)
-        size = min(wanted, len(windows_BT))
+        length, asked = windows_BT.shape[1], how.micro_batch_size
+        size = min(len(windows_BT), micro_batch_size(asked, length, device.type, observers))
         while True:
             try:
                 statistics = _run(
