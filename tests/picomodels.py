@@ -196,8 +196,8 @@ SINK_LAYER, MASSIVE_LAYER, MASSIVE_NEURON = 2, 1, 5
 def with_massive_activation(strength: float = 3000.0, seed: int = 0) -> PreTrainedModel:
     """A Llama of four layers that treats the first token, always 1, as large language models do.
 
-    One neuron of layer 1 answers to token 1 alone, thousands of times as strongly as any other; what
-    it writes is all that is left of that token behind a norm. The heads of layer 2 read it as the
+    One neuron of layer 1 answers to token 1 alone, thousands of times as strongly as any other;
+    what it writes is all that is left of that token behind a norm. The heads of layer 2 read it as the
     key that every query likes best, and its value is nothing: an attention sink.
     """
     model: Any = build("llama", seed=seed, num_hidden_layers=4, mlp_bias=False)

@@ -103,9 +103,8 @@ def tune_scales(
 
 
 def _train(model, head, scales, lessons, how: Tuning, on_progress) -> list[float]:
-    batches = list(
-        zip(*(part_BTX.split(how.windows_per_step) for part_BTX in lessons), strict=True)
-    )
+    parts = [part_BTX.split(how.windows_per_step) for part_BTX in lessons]
+    batches = list(zip(*parts, strict=True))
     optimizer = torch.optim.Adam(scales, how.learning_rate, how.betas)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 4) * (1 - step / len(batches))

@@ -43,8 +43,8 @@ class Pass:
     """How to run the passes over calibration windows."""
 
     micro_batch_size: int | None = None
-    """Windows per forward pass. None starts at `MICRO_BATCH_TOKENS` and halves when memory runs out;
-    the size found is kept for later passes."""
+    """Windows per forward pass. None starts at `MICRO_BATCH_TOKENS` and halves when memory is
+    short; the size found is kept for later passes."""
     gradient_checkpointing: bool = False
     """Keep only the residual stream between layers for the backward pass and recompute the rest."""
     group: Any = None
