@@ -197,8 +197,8 @@ def with_massive_activation(strength: float = 3000.0, seed: int = 0) -> PreTrain
     """A Llama of four layers that treats the first token, always 1, as large language models do.
 
     One neuron of layer 1 answers to token 1 alone, thousands of times as strongly as any other;
-    what it writes is all that is left of that token behind a norm. The heads of layer 2 read it as the
-    key that every query likes best, and its value is nothing: an attention sink.
+    what it writes is all that is left of that token behind a norm. The heads of layer 2 read it as
+    the key that every query likes best, and its value is nothing: an attention sink.
     """
     model: Any = build("llama", seed=seed, num_hidden_layers=4, mlp_bias=False)
     marker, massive = 0, 1  # hidden dimensions

@@ -91,9 +91,11 @@ def tune_scales(
     to_train = [windows_BT[:number], dense_BTD[:number]]
     to_judge = [windows_BT[number:], dense_BTD[number:]]
     with prepared(model, anatomy, [], [], False), _scaled(linears) as scales:
-        before = _passes(model, head, *to_judge)
+        with torch.no_grad():
+            before = _passes(model, head, *to_judge)
         steps = _train(model, head, scales, to_train, how, on_progress)
-        after = _passes(model, head, *to_judge)
+        with torch.no_grad():
+            after = _passes(model, head, *to_judge)
         tuned = decided_by_first(Tuned(steps, before, after), group)
         if not tuned.is_kept:
             for scale in scales:

@@ -84,9 +84,3 @@ def normalise(distances: Sequence[float], without: Collection[int] = ()) -> list
         (distance - mean) / largest if largest > 0 and i not in without else 0.0
         for i, distance in enumerate(distances)
     ]
-
-
-class Loss(Observer):
-    """The mean loss of the windows alone: `Statistics.loss`."""
-
-    needs_loss = True

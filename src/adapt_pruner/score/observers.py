@@ -65,6 +65,12 @@ class Observer(ABC):
         found about it counts in the next pass; with None, nothing does."""
 
 
+class Loss(Observer):
+    """The mean loss of the windows alone: `Statistics.loss`."""
+
+    needs_loss = True
+
+
 class UnitGradients(Observer):
     """Gradient of the loss to a gate on each unit's activation. Needs no weight gradients.
 
