@@ -105,8 +105,9 @@ def collect(
         while True:
             try:
                 statistics = _run(
-                    model, anatomy, windows_BT, observers, size, how.group, on_progress
-                )
+                    model, anatomy, windows_BT, observers,
+                    size=size, group=how.group, on_progress=on_progress,
+                )  # fmt: skip
                 break
             except RuntimeError as error:
                 if size == 1 or how.micro_batch_size or not should_reduce_batch_size(error):
@@ -127,7 +128,7 @@ def micro_batch_size(
     return asked or max(1, MICRO_BATCH_TOKENS.get(device_type, ELSEWHERE) // window_length)
 
 
-def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Statistics:
+def _run(model, anatomy, windows_BT, observers, *, size, group, on_progress) -> Statistics:
     backward = any(observer.needs_backward for observer in observers)
     wants_loss = any(observer.needs_loss for observer in observers)
     device = model.get_input_embeddings().weight.device
