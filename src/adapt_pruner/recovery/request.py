@@ -18,6 +18,8 @@ from .settings import RecoverySettings
 
 TRAINING_DATA = "training data"
 """As `calibration`: windows of what the run trains on."""
+DEFAULTS = {"calibration": TRAINING_DATA, "tuning_steps": 0}
+"""Settings of pruning that have another default where training follows."""
 
 
 @dataclass(frozen=True)
