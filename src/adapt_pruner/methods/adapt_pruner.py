@@ -172,18 +172,19 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                 anatomy = work.apply(Cut(keep))
             if done and lesson is not None:
                 tune_scales(work.model, anatomy, *lesson, group=work.group)
-            distance = statistics[LayerDistance].distance
-            made = PruningStep(
-                step=step,
-                anatomy=anatomy,
-                layer_importance=normalise(distance, without=limits.protected_layers),
-                layer_distance=distance,
-                loss=statistics.loss,
-                seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
-                target=target if done else None,
-            )
+            seconds = {"collect": collected - began, "cut": time.perf_counter() - collected}
+            made = _step_of(step, anatomy, statistics, limits, seconds)
+            made.target = target if done else None
             del statistics  # its matrices would live on through the next pass
             yield made
+
+
+def _step_of(
+    step: int, anatomy: Anatomy, statistics: Statistics, limits: Limits, seconds: dict[str, float]
+) -> PruningStep:
+    distance = statistics[LayerDistance].distance
+    importance = normalise(distance, without=limits.protected_layers)
+    return PruningStep(step, anatomy, importance, distance, statistics.loss, seconds)
 
 
 def _as_it_is(axis: Axis) -> Axis:
