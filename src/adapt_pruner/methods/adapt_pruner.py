@@ -165,21 +165,19 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                 if settings.compensation == "refit":
                     refit_outputs(axes, keep, statistics[Gram])
                 is_last = done and target == work.targets[-1]
+                known = keep if limits.kinds <= WIDTHS and not is_last else None
                 for observer in observers:
-                    observer.carry(
-                        keep if limits.kinds <= WIDTHS and not is_last else None, settings.carry
-                    )
+                    observer.carry(known, settings.carry)
                 anatomy = work.apply(Cut(keep))
             if done and lesson is not None:
                 tune_scales(work.model, anatomy, *lesson, group=work.group)
             seconds = {"collect": collected - began, "cut": time.perf_counter() - collected}
-            made = _step_of(step, anatomy, statistics, limits, seconds)
-            made.target = target if done else None
+            made = _account(step, anatomy, statistics, limits, seconds)
             del statistics  # its matrices would live on through the next pass
-            yield made
+            yield replace(made, target=target if done else None)
 
 
-def _step_of(
+def _account(
     step: int, anatomy: Anatomy, statistics: Statistics, limits: Limits, seconds: dict[str, float]
 ) -> PruningStep:
     distance = statistics[LayerDistance].distance
