@@ -20,7 +20,7 @@ LAYERS = [
     {"settings"},
     {"methods"},
     {"api", "result", "plan", "inspection", "checkpoint", "run"},
-    {"recovery", "evaluation", "comparison"},
+    {"recovery", "evaluation", "comparison", "searching"},
     {"report"},
     {"cli"},
 ]

@@ -73,7 +73,7 @@ def run_pruning(request: Request, output: Path, listener: Listener | None = None
     check_place(output, request.overwrite, sources=sources)
     with claimed(output):
         check = functools.partial(check_place, output, request.overwrite)
-        result = _prune(request, check, listener)
+        result = make_result(request, check, listener)
         save_result(result, output, request.portable, request.overwrite, request.recipe())
     return result
 
@@ -92,11 +92,11 @@ def run_pruning_to_gguf(
     def check(needed_bytes: int = 0) -> None:
         check_gguf_output(output, request.overwrite)  # its size is known when it is pruned
 
-    result = _prune(request, check, listener)
+    result = make_result(request, check, listener)
     return result, export_gguf(result, output, quantize, overwrite=request.overwrite)
 
 
-def _prune(
+def make_result(
     request: Request, check: Callable[..., None], listener: Listener | None
 ) -> PruningResult:
     """Load, measure, prune and measure; `check` says early whether the result can be written."""

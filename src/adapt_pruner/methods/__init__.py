@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import InvalidSettings, near_match
 from ..registry import Registry
 from ..settings import PruneSettings, build
-from . import adapt_pruner
+from . import ada_pruner, adapt_pruner
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -19,6 +19,7 @@ METHODS: Registry[Method] = Registry(
     "methods",
     {
         "adapt-pruner": adapt_pruner.METHOD,
+        "ada-pruner": ada_pruner.METHOD,
     },
 )
 """Other packages add to it: a `Method` as an entry point of the group `adapt_pruner.methods`."""
@@ -57,6 +58,11 @@ def make_settings(
             )
     start = row.presets[preset] if preset is not None else next(iter(row.presets.values()), {})
     return build(row.settings, {"method": method, **start, **values})
+
+
+def build_settings(settings: PruneSettings, **values: Any) -> PruneSettings:
+    """The same settings with other values. Raises InvalidSettings as `make_settings`."""
+    return build(type(settings), {**settings.model_dump(), **values})
 
 
 def owners_of(setting: str) -> list[str]:
