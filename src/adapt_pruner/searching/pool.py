@@ -26,6 +26,9 @@ from ..score.collect import Pass, collect
 from ..score.importance import taylor
 from ..score.observers import Observer, WeightGradients
 
+STARTS = 8
+"""Of k-means, which can end in a poor grouping."""
+
 
 class ByWindow(Observer):
     """What each window alone adds to the vector-wise and the second-order term."""
@@ -183,24 +186,30 @@ def grouped(pool: Pool, describe: str, groups: int, seed: int) -> Tensor:
 
 
 def _clusters(x_PD: Tensor, count: int, seed: int) -> Tensor:
-    """k-means with k-means++ starts, on standardised dimensions."""
+    """k-means on standardised dimensions, the best of `STARTS` starts by k-means++."""
     x_PD = (x_PD - x_PD.mean(dim=0)) / x_PD.std(dim=0, correction=0).clamp(min=1e-6)
     generator = torch.Generator().manual_seed(seed)
-    centres = [x_PD[int(torch.randint(len(x_PD), (1,), generator=generator))]]
-    while len(centres) < count:
-        far_P = torch.cdist(x_PD, torch.stack(centres)).min(dim=1).values.square() + 1e-12
-        centres.append(x_PD[int(torch.multinomial(far_P, 1, generator=generator))])
-    centre_GD = torch.stack(centres)
-    group_P = torch.zeros(len(x_PD), dtype=torch.int64)
+    found = [_k_means(x_PD, count, generator) for _ in range(STARTS)]
+    return min(found, key=lambda one: one[1])[0]
+
+
+def _k_means(x_PD: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """The nearest centre of each point, and the sum of squared distances to them."""
+    first = int(torch.randint(len(x_PD), (1,), generator=generator))
+    centre_GD = x_PD[first][None]
+    while len(centre_GD) < count:
+        far_P = torch.cdist(x_PD, centre_GD).min(dim=1).values.square() + 1e-12
+        chosen = int(torch.multinomial(far_P, 1, generator=generator))
+        centre_GD = torch.cat([centre_GD, x_PD[chosen][None]])
+    group_P = torch.full((len(x_PD),), -1)
     for _ in range(50):
-        nearest_P = torch.cdist(x_PD, centre_GD).argmin(dim=1)
-        if torch.equal(nearest_P, group_P):
+        distance = torch.cdist(x_PD, centre_GD).min(dim=1)
+        if torch.equal(distance.indices, group_P):
             break
-        group_P = nearest_P
-        for g in range(count):
-            if (group_P == g).any():
-                centre_GD[g] = x_PD[group_P == g].mean(dim=0)
-    return group_P
+        group_P = distance.indices
+        for g in group_P.unique().tolist():
+            centre_GD[g] = x_PD[group_P == g].mean(dim=0)
+    return group_P, float(distance.values.square().sum())
 
 
 def choose(group_P: Tensor, weights: Sequence[float], draw: int, number: int) -> tuple[int, ...]:
