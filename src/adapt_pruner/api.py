@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .allocate.target import resolve_target
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
-from .methods import PruningStep, Work, make_settings, method_named
+from .methods import PruningStep, Work, make_settings, method_named, target_of
 from .model.anatomy import Anatomy, find_anatomy
 from .model.edits import Edit, edit_of
 from .model.history import History
@@ -77,7 +76,7 @@ def prune(
             "meta device); pruning needs all of them. Use fewer layers per device or bfloat16."
         )
     anatomy = find_anatomy(model)
-    target = resolve_target(anatomy, sparsity, params)
+    target = target_of(settings, anatomy, sparsity, params)
     method_named(settings.method).outline(settings, anatomy, target)  # refuses what cannot be met
     if not isinstance(calibration, CalibrationData):
         if calibration is not None:

@@ -53,7 +53,8 @@ def save_result(
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         for weights in partial.glob("*.safetensors"):  # written for their owner alone
             weights.chmod((partial / "config.json").stat().st_mode)
-        if portable and model.config.is_heterogeneous:
+        is_sliced = getattr(model.config, "sliced_hidden_size", None)
+        if portable and (model.config.is_heterogeneous or is_sliced):
             portable_file.add_modeling_file(partial, model)
         else:
             portable_file.drop_remote_code(partial, model)

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from .allocate.target import resolve_target
-from .methods import method_named
+from .methods import method_named, target_of
 from .model.anatomy import Anatomy, find_anatomy
 from .model.axes import CUTS, Axis
 from .result import Size
@@ -51,7 +50,7 @@ def make_plan(
         InvalidTarget, InvalidSettings, UnsupportedModel: as `prune` would.
     """
     anatomy = find_anatomy(model)
-    target = resolve_target(anatomy, sparsity, params)
+    target = target_of(settings, anatomy, sparsity, params)
     outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)
     memory = _memory(anatomy, settings, outline.observers, dtype)

@@ -11,9 +11,12 @@ WITHOUT_FLOAT64 = frozenset({"mps"})
 
 def in_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, on its own device or else on the CPU."""
-    if tensor.device.type in WITHOUT_FLOAT64:
-        tensor = tensor.cpu()
-    return tensor.double()
+    return where_float64_is(tensor).double()
+
+
+def where_float64_is(tensor: Tensor) -> Tensor:
+    """The tensor as it is, on its own device or else on the CPU, for sums in float64."""
+    return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor
 
 
 def zero_in_float64(device: torch.device) -> Tensor:

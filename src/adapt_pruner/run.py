@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .api import Listener, prune
+from .api import Listener, calibration_for, prune_to_sizes
 from .checkpoint import check_place, save_result
 from .claims import claimed
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
+from .methods import Work, method_named
 from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
 from .result import PruningResult
@@ -41,12 +44,15 @@ class Request:
     overwrite: bool = False
     trust_remote_code: bool = False
 
-    def recipe(self) -> dict[str, Any]:
-        """All of it, so that the run can be repeated."""
-        target = {"sparsity": self.sparsity} if self.params is None else {"params": self.params}
+    def recipe(self, all_sizes: Sequence[Request] = ()) -> dict[str, Any]:
+        """All of it, so that the run can be repeated; `all_sizes` are those of a run to several."""
+        targets: dict[str, Any] = {"sparsity": self.sparsity, "params": self.params}
+        if len(all_sizes) > 1:
+            targets = {kind: [getattr(one, kind) for one in all_sizes] for kind, target
+                       in targets.items() if target is not None}  # fmt: skip
         return {
             "model": self.model,
-            **target,
+            **{name: target for name, target in targets.items() if target is not None},
             **({"evaluate": self.evaluate} if self.evaluate else {}),
             **({"portable": True} if self.portable else {}),
             **self.settings.model_dump(mode="json"),
@@ -69,13 +75,35 @@ def plan_run(request: Request) -> Plan:
 
 def run_pruning(request: Request, output: Path, listener: Listener | None = None) -> PruningResult:
     """Prune `request.model` and write the result to `output`. See `prune` for what it raises."""
-    sources = (request.model, request.settings.calibration, request.evaluate)
-    check_place(output, request.overwrite, sources=sources)
-    with claimed(output):
-        check = functools.partial(check_place, output, request.overwrite)
-        result = make_result(request, check, listener)
-        save_result(result, output, request.portable, request.overwrite, request.recipe())
+    ((_, result),) = run_pruning_to_sizes([request], [output], listener)
     return result
+
+
+def run_pruning_to_sizes(
+    requests: Sequence[Request], outputs: Sequence[Path], listener: Listener | None = None
+) -> Iterator[tuple[Path, PruningResult]]:
+    """Prune one model to several sizes in one run, and write each to its directory.
+
+    Methods that can stop on their way go from one size to the next; the others begin anew with the
+    dense model for each. Yields each result when it is written, with its directory: use it before
+    the next.
+
+    Args:
+        requests: that differ in nothing but the size.
+        outputs: a directory for each.
+    """
+    first = requests[0]
+    sources = (first.model, first.settings.calibration, first.evaluate)
+    with ExitStack() as stack:
+        for output in outputs:
+            check_place(output, first.overwrite, sources=sources)
+        checks = []
+        for output in outputs:
+            stack.enter_context(claimed(output))
+            checks.append(functools.partial(check_place, output, first.overwrite))
+        for i, result in _prune(requests, checks, listener):
+            save_result(result, outputs[i], first.portable, first.overwrite, first.recipe(requests))
+            yield outputs[i], result
 
 
 def run_pruning_to_gguf(
@@ -92,49 +120,62 @@ def run_pruning_to_gguf(
     def check(needed_bytes: int = 0) -> None:
         check_gguf_output(output, request.overwrite)  # its size is known when it is pruned
 
-    result = make_result(request, check, listener)
+    ((_, result),) = _prune([request], [check], listener)
     return result, export_gguf(result, output, quantize, overwrite=request.overwrite)
 
 
-def make_result(
-    request: Request, check: Callable[..., None], listener: Listener | None
-) -> PruningResult:
-    """Load, measure, prune and measure; `check` says early whether the result can be written."""
-    settings = request.settings
-    check()  # again: a run that was killed may have left its result
+def make_result(request: Request, listener: Listener | None = None) -> PruningResult:
+    """The same without writing anything."""
+    ((_, result),) = _prune([request], [lambda *needed: None], listener)
+    return result
+
+
+def _prune(
+    requests: Sequence[Request], checks: Sequence[Callable[..., None]], listener: Listener | None
+) -> Iterator[tuple[int, PruningResult]]:
+    """Load, measure, prune and measure; `checks` say early whether a result can be written. Yields
+    which of the requests is met, and how, the largest first."""
+    request, settings = requests[0], requests[0].settings
+    for check in checks:
+        check()  # again: a run that was killed may have left its result
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
-    target = make_plan(empty, settings, request.sparsity, request.params).target
+    targets = [make_plan(empty, settings, one.sparsity, one.params).target for one in requests]
     stored = stored_dtype(empty)
     written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
-    check(target * written.itemsize)
+    for check, target in zip(checks, targets, strict=True):
+        check(target * written.itemsize)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
-    model = load_model(
-        request.model,
-        settings.dtype,
-        settings.device,
-        settings.device_map,
-        request.trust_remote_code,
-    )
-    before = measure(model, tokenizer, texts)
-    result = prune(
-        model,
-        tokenizer,
-        sparsity=request.sparsity,
-        params=request.params,
-        settings=settings,
-        listener=listener,
-    )
-    if settings.dtype == "auto" and stored is not None:
-        store_as(model, stored)  # it was loaded in float32 only to compute on the CPU
-    after = measure(model, tokenizer, texts)
-    result.measurements = {name: {"before": before[name], "after": after[name]} for name in before}
-    if request.evaluate:
-        result.protocol = protocol(request.evaluate)
-    return result
+    calibration = calibration_for(empty, tokenizer, settings)
+    before: dict[str, float] | None = None
+    largest_first = sorted(range(len(targets)), key=lambda i: -targets[i])
+    at_once = method_named(settings.method).meets_several_targets
+    for order in [largest_first] if at_once else [[i] for i in largest_first]:
+        model = load_model(
+            request.model,
+            settings.dtype,
+            settings.device,
+            settings.device_map,
+            request.trust_remote_code,
+        )
+        before = measure(model, tokenizer, texts) if before is None else before
+        work = Work(model, calibration, [targets[i] for i in order], settings)
+        results = prune_to_sizes(work, tokenizer, listener)
+        for i, result in zip(order, results, strict=False):
+            if settings.dtype == "auto" and stored is not None:
+                if i != order[-1] and result.model.dtype != stored:
+                    result.model = copy.deepcopy(model)  # the run goes on in full precision
+                store_as(result.model, stored)  # loaded in float32 only to compute on the CPU
+            after = measure(result.model, tokenizer, texts)
+            result.measurements = {
+                name: {"before": before[name], "after": after[name]} for name in before
+            }
+            if request.evaluate:
+                result.protocol = protocol(request.evaluate)
+            yield i, result
 
 
 def measure(model: Any, tokenizer: Any, texts: list[str] | None) -> dict[str, float]:

@@ -5,10 +5,20 @@ recipe files and the documentation take them from these fields."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from .errors import InvalidSettings, near_match, shortened, shown
 from .limits import (
@@ -122,6 +132,31 @@ class PruneSettings(BaseModel):
     gradient_checkpointing: Annotated[
         bool, Field(description="Less memory for activations, about a third more time.")
     ] = False
+
+
+Pruning = TypeVar("Pruning", bound=PruneSettings)
+
+
+def with_defaults(base: type[Pruning], method: str, **defaults: Any) -> type[Pruning]:
+    """A class of settings like `base`, for `method`, where some have another default.
+
+    What they mean and which values they may have stays said where `base` says it.
+    """
+    fields: dict[str, Any] = {
+        "method": (Literal[method], _changed(base, "method", method)),
+        **{
+            name: (base.model_fields[name].annotation, _changed(base, name, value))
+            for name, value in defaults.items()
+            if value != base.model_fields[name].default
+        },
+    }
+    return create_model(base.__name__, __base__=base, __module__=base.__module__, **fields)
+
+
+def _changed(base: type[BaseModel], name: str, default: Any) -> FieldInfo:
+    info = copy(base.model_fields[name])
+    info.default = default
+    return info
 
 
 Dtype = Annotated[

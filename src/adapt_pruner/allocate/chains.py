@@ -27,6 +27,7 @@ from ..model.axes import (
     AxisKey,
     heads_fit,
 )
+from ..precision import in_float64
 
 Scores = Mapping[AxisKey, Tensor]
 
@@ -146,6 +147,12 @@ def build_chains(anatomy: Anatomy, scores: Scores, limits: Limits) -> list[Chain
         groups = [[axis] for axis in members] if kind == LAYERS else [members]
         chains += [_chain(group, scores, limits, anatomy) for group in groups]
     return chains
+
+
+def units_alike(axes: Sequence[Axis], scores: Scores) -> dict[AxisKey, Tensor]:
+    """Scores times a unit's parameters: with them, rules that compare importance per parameter
+    compare units, whatever they cost, as several published methods do."""
+    return {axis.key: in_float64(scores[axis.key]) * axis.unit_cost for axis in axes}
 
 
 def _without_last_layer(axes: list[Axis], scores: Scores) -> list[Axis]:

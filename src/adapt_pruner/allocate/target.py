@@ -50,9 +50,13 @@ def smallest_size(anatomy: Anatomy, limits: Limits) -> int:
     return removal.parameters
 
 
-def check_reachable(anatomy: Anatomy, target: int, limits: Limits) -> None:
-    """Raise InvalidTarget if cutting all that may be cut does not reach `target` parameters."""
-    smallest = smallest_size(anatomy, limits)
+def check_reachable(anatomy: Anatomy, target: int, limits: Limits, added: int = 0) -> None:
+    """Raise InvalidTarget if cutting all that may be cut does not reach `target` parameters.
+
+    Args:
+        added: parameters that the method gives the model besides, such as biases.
+    """
+    smallest = smallest_size(anatomy, limits) + added
     if target < smallest:
         sparsity = (anatomy.total_parameters - smallest) / anatomy.layer_parameters
         raise InvalidTarget(

@@ -19,6 +19,7 @@ from .options import (
     read_recipe,
     resolve_settings,
     run_options,
+    several_sizes,
 )
 
 RECIPE_KEYS = {
@@ -95,6 +96,8 @@ def command(
     gpus, gpu_tflops = options.pop("gpus"), options.pop("gpu_tflops")
     training = {name: options.pop(name) for name in RecoverySettings.model_fields}
     values = own_values(own, said_of_run)
+    if len(several_sizes(values)) > 1:
+        raise click.UsageError("accel trains one size; name one --sparsity or --params.")
     model = named_model(model or said.get("model"), output, dry_run)
     for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
         if values[name] is None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..errors import InvalidSettings, near_match, shown
+from ..figures import short
 from ..files import read_yaml
 from ..limits import checked_value
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
@@ -56,6 +57,22 @@ class Number(click.ParamType):
             return checked_value(self.kind, self.name, value)
         except InvalidSettings as error:
             self.fail(str(error).removeprefix(f"{self.name}: "), param, ctx)
+
+
+class Several(click.ParamType):
+    """One value, or several with commas, which become a tuple."""
+
+    def __init__(self, one: Any):
+        self.one = click.types.convert_type(one)
+        self.name = self.one.name
+
+    def convert(self, value: Any, param, ctx) -> Any:
+        if not isinstance(value, str) or "," not in value:
+            return self.one.convert(value, param, ctx)
+        parts = [part for part in value.split(",") if part.strip()]
+        if len(parts) > MOST_VALUES:
+            self.fail(f"at most {MOST_VALUES} values; got {len(parts)}.", param, ctx)
+        return tuple(self.one.convert(part, param, ctx) for part in parts)
 
 
 class Choice(click.Choice):
@@ -279,12 +296,33 @@ def own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     elif flags["params"] is not None:
         values["sparsity"] = None
     for name in ("params", "tokens"):
-        if values.get(name) is not None:
+        if (value := values.get(name)) is not None:
             try:
-                values[name] = Count().convert(values[name], None, None)
+                many = isinstance(value, (list, tuple))
+                counts = [
+                    Count().convert(each, None, None) for each in (value if many else [value])
+                ]
             except click.BadParameter as error:
                 raise InvalidSettings(f"{name}: {error.message}") from None
+            values[name] = counts if many else counts[0]
     return values
+
+
+def several_sizes(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Split a target of several sizes: name of each, such as "sparsity-0.2", -> its target."""
+    for kind in ("sparsity", "params"):
+        sizes = values.get(kind)
+        if sizes is None:
+            continue
+        sizes = sizes if isinstance(sizes, (list, tuple)) else [sizes]
+        if not all(type(size) in (int, float) for size in sizes) or not sizes:
+            raise InvalidSettings(f"{kind}: must be numbers; got {shown(sizes)}.")
+        written = [f"{size:g}" if kind == "sparsity" else short(size) for size in sizes]
+        found = dict(zip(written, sizes, strict=True))
+        if len(found) < len(sizes):
+            raise InvalidSettings(f"{kind}: the sizes must differ; got {', '.join(written)}.")
+        return {f"{kind}-{name}": {kind: size} for name, size in found.items()}
+    return {"": {}}
 
 
 def resolve_settings(
@@ -310,8 +348,12 @@ def resolve_settings(
 _RUN_OPTIONS = (
     click.argument("model", required=False),
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write."),
-    click.option("--sparsity", type=float, help="Share of the decoder layers' parameters to cut."),
-    click.option("--params", type=Count(), help="Parameters of the whole model, such as 350M."),
+    click.option(
+        "--sparsity", type=Several(float), help="Share of the decoder layers' parameters to cut."
+    ),
+    click.option(
+        "--params", type=Several(Count()), help="Parameters of the whole model, such as 350M."
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it."),
     click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and after."),
     click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map)."),

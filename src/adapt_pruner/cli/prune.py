@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from .options import (
     read_recipe,
     resolve_settings,
     run_options,
+    several_sizes,
 )
 
 RECIPE_KEYS = {
     "model": (str,),
-    "sparsity": (float, int),
-    "params": (int, str),
+    "sparsity": (float, int, list),
+    "params": (int, str, list),
     "preset": (str,),
     "evaluate": (str,),
     "portable": (bool,),
@@ -42,12 +44,19 @@ def command(
     """Make MODEL, a name on the hub, a directory or a GGUF file, smaller without training.
 
     \b
+    adapt-pruner prune ./my-model -o DIR --sparsity 0.2,0.4   # DIR/sparsity-0.2, DIR/sparsity-0.4
     adapt-pruner prune meta-llama/Llama-3.2-1B -o smaller --sparsity 0.2
     adapt-pruner prune ./my-model -o smaller --params 350M --calibration text.jsonl
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
     """
     from ..model.loading import is_gguf
-    from ..run import Request, default_calibration, plan_run, run_pruning, run_pruning_to_gguf
+    from ..run import (
+        Request,
+        default_calibration,
+        plan_run,
+        run_pruning_to_gguf,
+        run_pruning_to_sizes,
+    )
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
@@ -59,28 +68,33 @@ def command(
     if quantize and not to_gguf:
         raise click.UsageError("--quantize is for GGUF files: name one, -o smaller.gguf.")
     values = own_values(own, said)
+    sizes = several_sizes(values)
     request = Request(
         model=model,
         settings=resolve_settings(preset, default_calibration(model), said, options),
         overwrite=overwrite,
         trust_remote_code=bool(trust),
-        **{**values, "portable": bool(values["portable"])},
+        **{**values, **next(iter(sizes.values())), "portable": bool(values["portable"])},
     )
+    requests = [replace(request, **size) for size in sizes.values()]
     console.hush_libraries()
     if dry_run:
-        console.show_plan(plan_run(request))
+        for one in requests:
+            console.show_plan(plan_run(one))
         return
     assert output is not None
-    exported = None
-    with console.ProgressBar(quiet) as bar:
-        if to_gguf:
+    if to_gguf:
+        if len(requests) > 1:
+            raise click.UsageError("A GGUF file holds one size; name a directory for several.")
+        with console.ProgressBar(quiet) as bar:
             result, exported = run_pruning_to_gguf(request, output, quantize or "F16", bar)
-        else:
-            result = run_pruning(request, output, bar)
-    if quiet:
+        if not quiet:
+            console.show_result(result)
+            show_export(exported)
         return
-    console.show_result(result)
-    if exported is None:
-        click.echo(f"written to {output}")
-    else:
-        show_export(exported)
+    outputs = [output / name for name in sizes] if len(sizes) > 1 else [output]
+    with console.ProgressBar(quiet) as bar:
+        for place, result in run_pruning_to_sizes(requests, outputs, bar):
+            if not quiet:
+                console.show_result(result)
+                console.out.print(f"written to {place}", highlight=False, soft_wrap=True)

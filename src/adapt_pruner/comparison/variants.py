@@ -21,16 +21,13 @@ from ..methods import (
 from ..parsing import ParsingError, parse_yaml
 from ..settings import PruneSettings
 
-PLAIN = {"compensation": "none", "allocation": "adaptive", "amplitude": 0.0}
-"""Every layer alike, without compensation: what simple scores get."""
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "best": {},
     "paper": {"preset": "paper"},
-    "uniform": {"preset": "paper", "amplitude": 0.0},
+    "uniform": {"method": "uniform"},
     "activation-fisher": {"importance": "activation-fisher"},
-    "magnitude": {"importance": "magnitude-l2", **PLAIN},
-    "random": {"importance": "random", **PLAIN},
+    "magnitude": {"method": "magnitude"},
+    "random": {"method": "random"},
 }
 """Name -> settings that differ from the defaults, or from those of a `preset`. Every method of the
 library is a variant under its own name, too."""

@@ -53,7 +53,7 @@ class Model:
 
     @property
     def layers_differ(self) -> bool:
-        return bool(self.config.get("per_layer_config"))
+        return bool(self.config.get("per_layer_config") or self.config.get("sliced_hidden_size"))
 
     @property
     def is_portable(self) -> bool:

@@ -68,6 +68,11 @@ def find_layout(weights: Weights, multiple: int = 1) -> Layout:
             f"A model of type '{config.model_type}' cannot be exported to GGUF. "
             f"Supported: {', '.join(sorted(GGUF_ARCHITECTURES))}."
         )
+    if getattr(config, "sliced_hidden_size", None):
+        raise UnsupportedModel(
+            "llama.cpp has no shortcut matrices, so a model that slicegpt has sliced cannot be "
+            "exported. Slice it with --shared-rotation, which leaves a plain model."
+        )
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in _SAME_ACTIVATION.get(own.activation, (own.activation,)):
         raise UnsupportedModel(

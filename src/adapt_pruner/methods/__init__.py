@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..allocate.target import resolve_target
 from ..errors import InvalidSettings, near_match
+from ..model.anatomy import Anatomy
 from ..registry import Registry
 from ..settings import PruneSettings, build
-from . import ada_pruner, adapt_pruner
+from . import ada_pruner, adapt_pruner, baselines, depth, flap, llm_pruner, minitron, slicegpt
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -19,6 +21,14 @@ METHODS: Registry[Method] = Registry(
     "methods",
     {
         "adapt-pruner": adapt_pruner.METHOD,
+        "llm-pruner": llm_pruner.METHOD,
+        "flap": flap.METHOD,
+        "depth": depth.METHOD,
+        "uniform": baselines.UNIFORM,
+        "magnitude": baselines.MAGNITUDE,
+        "random": baselines.RANDOM,
+        "minitron": minitron.METHOD,
+        "slicegpt": slicegpt.METHOD,
         "ada-pruner": ada_pruner.METHOD,
     },
 )
@@ -63,6 +73,18 @@ def make_settings(
 def build_settings(settings: PruneSettings, **values: Any) -> PruneSettings:
     """The same settings with other values. Raises InvalidSettings as `make_settings`."""
     return build(type(settings), {**settings.model_dump(), **values})
+
+
+def target_of(
+    settings: PruneSettings, anatomy: Anatomy, sparsity: float | None, params: int | None
+) -> int:
+    """The largest parameter count allowed for the whole model: the one asked for, or, without one,
+    that which the settings lead to. Raises InvalidTarget as `resolve_target`."""
+    if sparsity is None and params is None:
+        size = method_named(settings.method).size(settings, anatomy)
+        if size is not None:
+            return size
+    return resolve_target(anatomy, sparsity, params)
 
 
 def owners_of(setting: str) -> list[str]:

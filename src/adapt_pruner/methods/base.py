@@ -88,6 +88,10 @@ class Outline:
     """Of every step."""
 
 
+def _no_size(settings: PruneSettings, anatomy: Anatomy) -> int | None:
+    return None
+
+
 def _one_step(settings: PruneSettings, anatomy: Anatomy, target: int) -> Outline:
     return Outline([target] if target < anatomy.total_parameters else [])
 
@@ -110,6 +114,9 @@ class Method:
     presets: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Named settings; the first is the default."""
     outline: Callable[[Any, Anatomy, int], Outline] = _one_step
+    size: Callable[[Any, Anatomy], int | None] = _no_size
+    """Parameters of the whole model that the settings alone lead to, without a target; None: they
+    do not."""
     meets_several_targets: bool = False
     """Whether one run can stop at several sizes on its way; else each has a run of its own."""
 

@@ -98,11 +98,13 @@ def find_anatomy(model: Any) -> Anatomy:
             f"{type(model).__name__}. Load it with AutoModelForCausalLM, without adapters."
         ) from None
     axes, widths = [], []
+    is_sliced = bool(getattr(model.config, "sliced_hidden_size", None))
     for i, layer in enumerate(layers):
         found = list(_axes_of_layer(architecture, i, layer))
-        axes += found
+        # Between layers a sliced stream changes its basis, so all of them have to stay.
+        axes += [axis for axis in found if not (is_sliced and axis.is_presence)]
         widths.append(_widths_of(architecture, layer, found))
-    if architecture.has_free_heads:
+    if architecture.has_free_heads and not is_sliced:
         axes.append(_hidden_axis(architecture, model, layers))
     return Anatomy(
         architecture=architecture,

@@ -54,6 +54,19 @@ class Architecture:
     """Path of the list of decoder layers inside the causal language model."""
 
     @property
+    def reading_norms(self) -> tuple[str, ...]:
+        """Norms through which the attention alone, then the MLP alone, reads the stream."""
+        return tuple(norms[0] for norms in (self.attention_norms, self.mlp_norms) if norms[0])
+
+    @property
+    def reads_through_norms(self) -> bool:
+        """Whether attention and MLP read the residual stream through a norm each, and write to it
+        without one: then the stream can be rotated, where the norms are RMS norms."""
+        norms = (self.attention_norms, self.mlp_norms)
+        plain = all(before and not after for before, after in norms)
+        return plain and not self.scales_embedding and not self.other_hidden
+
+    @property
     def modeling_module(self) -> str:
         if "." in self.module:
             return self.module

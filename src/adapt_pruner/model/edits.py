@@ -24,6 +24,7 @@ from .anatomy import Anatomy, find_anatomy
 from .axes import ATTENTION, HIDDEN, LAYERS, MLP, AxisKey
 from .configuring import describe_model, drop_layers_of_config
 from .geometry import adopt_geometry, match_widths
+from .rotation import Rotate
 from .skipped import add_biases, skip_sublayers
 
 Keep = Mapping[AxisKey, Tensor]
@@ -139,7 +140,7 @@ class AddBias:
         return cls({int(layer): tuple(names) for layer, names in record["linears"].items()})
 
 
-EDITS: dict[str, Any] = {Cut.kind: Cut, AddBias.kind: AddBias}
+EDITS: dict[str, Any] = {Cut.kind: Cut, AddBias.kind: AddBias, Rotate.kind: Rotate}
 
 
 def edit_of(record: Any) -> Edit:
@@ -182,7 +183,9 @@ def _gone_layers(anatomy: Anatomy, keep: Keep) -> set[int]:
         axes = list(anatomy.of_layer(i))
         parts = [axis for axis in axes if axis.kind in (ATTENTION, MLP)]
         sites = sum(len(axis.sites) for axis in axes if axis.kind == LAYERS)
-        is_empty = len(parts) == sites and all(_is_gone(keep, axis.key) for axis in parts)
+        is_empty = (
+            bool(parts) and len(parts) == sites and all(_is_gone(keep, axis.key) for axis in parts)
+        )
         if _is_gone(keep, (i, LAYERS)) or is_empty:
             gone.add(i)
     return gone

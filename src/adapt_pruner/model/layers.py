@@ -5,7 +5,8 @@ it, but its decoder layers are still built from the global configuration. What i
 
 - build layer i from the widths of layer i;
 - leave out what `skip` names, such as ["mlp"];
-- give a bias to the linears that `added_biases` names, where the architecture offers none.
+- give a bias to the linears that `added_biases` names, where the architecture offers none;
+- cut the residual stream to `sliced_hidden_size`, with shortcut matrices (`sliced`).
 
 It is added to a layer class at the moment transformers imports the modelling file, so importing
 `adapt_pruner` costs nothing and loads nothing.
@@ -108,6 +109,10 @@ def _extend(architecture: Architecture, module: ModuleType) -> None:
     extend_layer_class(
         architecture.layer_class, architecture.attention, architecture.sublayers, module
     )
+    if architecture.reads_through_norms:
+        from . import sliced  # needs torch, as the module has
+
+        sliced.extend_sliced_classes(*sliced.names_of(architecture), module)
 
 
 def register() -> None:

@@ -50,7 +50,7 @@ import {module} as _modeling
 
 
 extend_layer_class("{layer}", "{attention}", {sublayers}, _modeling)
-
+{slicing}
 {classes}{renaming}'''
 
 _CLASS = '''
@@ -89,8 +89,15 @@ def write_modeling_file(directory: Path, model: Any) -> dict[str, str]:
     """Write the file alone. Returns the `auto_map` that a configuration needs for it."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    from . import sliced
+
     architecture = ARCHITECTURES[model.config.model_type]
     classes = _classes_of(model)
+    sources, slicing = _sources(), ""
+    if getattr(model.config, "sliced_hidden_size", None):
+        sources = (*sources, *sliced.SOURCES)
+        names = ", ".join(map(repr, sliced.names_of(architecture)))
+        slicing = f"extend_sliced_classes({names}, _modeling)\n"
     renamed = [name for name in classes.values() if get_checkpoint_conversion_mapping(name)]
     text = _FILE.format(
         base=_class_of_transformers(model),
@@ -98,7 +105,8 @@ def write_modeling_file(directory: Path, model: Any) -> dict[str, str]:
         layer=architecture.layer_class,
         attention=architecture.attention,
         sublayers=architecture.sublayers,
-        sources="\n\n".join(f"\n{inspect.getsource(one).rstrip()}" for one in _sources()),
+        sources="\n\n".join(f"\n{inspect.getsource(one).rstrip()}" for one in sources),
+        slicing=slicing,
         classes="\n".join(_CLASS.format(name=name, auto=auto) for auto, name in classes.items()),
         renaming=_RENAMING.format(names=renamed) if renamed else "",
     )

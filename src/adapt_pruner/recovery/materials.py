@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..allocate.target import resolve_target
 from ..api import calibration_for, check_window_length
 from ..cache import default_cache
 from ..data import CalibrationData
@@ -17,7 +16,7 @@ from ..data.mixture import Mixture, read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..methods import method_named
+from ..methods import method_named, target_of
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_config, load_model, load_tokenizer
 from ..run import evaluation_texts, stored_dtype
@@ -88,7 +87,7 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
         InvalidTarget, InvalidSettings: if the target or the budget makes no sense.
     """
     anatomy = find_anatomy(model)
-    target = resolve_target(anatomy, request.sparsity, request.params)
+    target = target_of(request.settings, anatomy, request.sparsity, request.params)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
     phases = make_phases(request.recovery, anatomy.total_parameters, target, request.tokens)
     return target, phases

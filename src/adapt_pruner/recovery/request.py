@@ -128,6 +128,11 @@ def check_together(request: AccelRequest) -> None:
             "device_map: training spreads over devices by `accelerate launch` (--sharding "
             f"fsdp2); got device_map {settings.device_map}."
         )
+    if getattr(settings, "layers", ()) and recovery.phases != 1:
+        raise InvalidSettings(
+            "layers: the layers named go at once, and their numbers then mean others; take "
+            "--phases 1."
+        )
     if request.max_loss is not None and not request.evaluate:
         raise InvalidSettings("max_loss: needs a text to measure on; give --evaluate TEXT.")
     if request.teacher and not recovery.alpha:

@@ -213,8 +213,11 @@ def _layers(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "layer": i,
-            **{name: (old.get(name), new.get(name)) for name in KINDS},
-            "heads": (old.get("num_attention_heads"), new.get("num_attention_heads")),
+            **{name: (old.get(name), new.get(name, 0 if name in old else None)) for name in KINDS},
+            "heads": (
+                old.get("num_attention_heads"),
+                new.get("num_attention_heads", 0 if "num_attention_heads" in old else None),
+            ),
             "cut": cut[i] if cut else 0,
         }
         for i, (old, new) in enumerate(zip(*_both(run), strict=True))

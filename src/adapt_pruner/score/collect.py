@@ -27,7 +27,7 @@ from ..model.anatomy import Anatomy
 from ..model.axes import Axis
 from ..precision import zero_in_float64
 from ..processes import add_up, share_of
-from .head import cross_entropy, hidden_states, plain_head, through_head
+from .head import cross_entropy, hidden_states, plain_head, through_head, value_through_head
 from .observers import Observer, matrices
 
 SomeObserver = TypeVar("SomeObserver", bound=Observer)
@@ -53,7 +53,7 @@ class Statistics:
     num_windows: int
     num_tokens: int
     loss: float
-    """Mean loss in nats per predicted token, 0 if no loss was needed."""
+    """Mean loss in nats per predicted token, 0 if no observer needed it."""
     observers: Sequence[Observer]
 
     def __getitem__(self, kind: type[SomeObserver]) -> SomeObserver:
@@ -119,6 +119,7 @@ def _first_micro_batch_size(how: Pass, windows_BT: Tensor, observers: Sequence[O
 
 def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Statistics:
     backward = any(observer.needs_backward for observer in observers)
+    wants_loss = any(observer.needs_loss for observer in observers)
     device = model.get_input_embeddings().weight.device
     loss = zero_in_float64(device)
     group = group if share_of(group)[1] <= len(windows_BT) else None
@@ -128,7 +129,8 @@ def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Sta
     with _attached(anatomy, observers, backward), torch.set_grad_enabled(backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
-            loss += _run_micro_batch(model, head, batch_BT, backward).to(loss.device)
+            found = _run_micro_batch(model, head, batch_BT, backward, wants_loss)
+            loss += found.to(loss.device)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
     if group is not None:
         add_up([loss, *(total for observer in observers for total in observer.sums())], group)
@@ -153,8 +155,10 @@ def _attached(anatomy: Anatomy, observers: Sequence[Observer], backward: bool) -
         yield
 
 
-def _run_micro_batch(model, head: nn.Module | None, tokens_BT: Tensor, backward: bool) -> Tensor:
-    """Forward and backward. Returns the sum of the window losses, or 0 without a backward pass.
+def _run_micro_batch(
+    model, head: nn.Module | None, tokens_BT: Tensor, backward: bool, wants_loss: bool
+) -> Tensor:
+    """Forward and backward. Returns the sum of the window losses, or 0 if it is not needed.
 
     The graph is gone when this returns: hooks in it hold activations of every layer, which must not
     live on into the next micro-batch. A head that is known is run some tokens at a time.
@@ -164,7 +168,9 @@ def _run_micro_batch(model, head: nn.Module | None, tokens_BT: Tensor, backward:
     else:
         output_BTX = model(input_ids=tokens_BT, use_cache=False).logits
     if not backward:
-        return zero_in_float64(tokens_BT.device)
+        if not wants_loss:
+            return zero_in_float64(tokens_BT.device)
+        return value_through_head(head or nn.Identity(), output_BTX, cross_entropy(tokens_BT))
     outcome = cross_entropy(tokens_BT)
     loss, gradient_BTX = through_head(head or nn.Identity(), output_BTX, outcome)
     output_BTX.backward(gradient_BTX)

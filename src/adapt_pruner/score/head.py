@@ -66,6 +66,16 @@ def through_head(head: nn.Module, hidden_BTD: Tensor, outcome: Outcome) -> tuple
     return total, gradient_ND.view_as(hidden_BTD)
 
 
+def value_through_head(head: nn.Module, hidden_BTD: Tensor, outcome: Outcome) -> Tensor:
+    """The same sum alone."""
+    flat_ND, total = hidden_BTD.flatten(0, 1), zero_in_float64(hidden_BTD.device)
+    for start in range(0, len(flat_ND), TOKENS):
+        some = slice(start, start + TOKENS)
+        value, _ = outcome(head(flat_ND[some]), some)
+        total += value.to(total.device)
+    return total
+
+
 def cross_entropy(tokens_BT: Tensor) -> Outcome:
     """Sum over windows of the mean cross-entropy of the next token, in nats.
 

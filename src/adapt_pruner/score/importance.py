@@ -27,11 +27,7 @@ def taylor(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
 
 def taylor_vector(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's rows and columns of |sum of w * dL/dw| (LLM-Pruner `vectorize`)."""
-    score_U = torch.zeros(axis.num_units, device=axis.device)
-    for slot in _matrices(axis):
-        along = (_weight(slot) * _gradient(slot)).sum(dim=1 - slot.dim).abs()
-        score_U += along[slot.index_UK.to(along.device)].sum(dim=1).to(score_U)
-    return score_U
+    return _sum_over_vectors(axis, lambda slot: _weight(slot) * _gradient(slot))
 
 
 def taylor_second(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
@@ -43,13 +39,12 @@ def taylor_second(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
 
 def taylor_mixed(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """Sum over the unit's weights of |w * dL/dw - w^2 * F / 2| (LLM-Pruner `mix`)."""
+    return _sum_over_slots(axis, lambda slot: _two_terms(slot, statistics).abs())
 
-    def score(slot: Slot) -> Tensor:
-        first = _weight(slot) * _gradient(slot)
-        second = _weight(slot).square() * statistics[Fisher].squared[slot.tensor]
-        return (first - second / 2).abs()
 
-    return _sum_over_slots(axis, score)
+def taylor_vector_mixed(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
+    """Sum over the unit's rows and columns of |sum of w * dL/dw - w^2 * F / 2|."""
+    return _sum_over_vectors(axis, lambda slot: _two_terms(slot, statistics))
 
 
 def magnitude_l1(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
@@ -126,6 +121,7 @@ IMPORTANCES: Registry[Importance] = Registry(
         "taylor-vector": Importance(taylor_vector, (WeightGradients,)),
         "taylor-second": Importance(taylor_second, (Fisher,)),
         "taylor-mixed": Importance(taylor_mixed, (Fisher,)),
+        "taylor-vector-mixed": Importance(taylor_vector_mixed, (Fisher,)),
         "activation-gradient": Importance(activation_gradient, (UnitGradients,)),
         "activation-fisher": Importance(activation_fisher, (UnitGradients,)),
         "residual-fisher": Importance(residual_fisher, (UnitGradients, Gram)),
@@ -145,6 +141,20 @@ def _sum_over_slots(axis: Axis, score: Callable[[Slot], Tensor]) -> Tensor:
     for slot in _matrices(axis):
         score_U += slot.per_unit(score(slot)).to(score_U)
     return score_U
+
+
+def _sum_over_vectors(axis: Axis, term: Callable[[Slot], Tensor]) -> Tensor:
+    """Sum the terms of each row or column of a unit, and the absolute values of these sums."""
+    score_U = torch.zeros(axis.num_units, device=axis.device)
+    for slot in _matrices(axis):
+        along = term(slot).sum(dim=1 - slot.dim).abs()
+        score_U += along[slot.index_UK.to(along.device)].sum(dim=1).to(score_U)
+    return score_U
+
+
+def _two_terms(slot: Slot, statistics: Statistics) -> Tensor:
+    first = _weight(slot) * _gradient(slot)
+    return first - _weight(slot).square() * statistics[Fisher].squared[slot.tensor] / 2
 
 
 def _weight(slot: Slot) -> Tensor:

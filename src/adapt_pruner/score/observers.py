@@ -34,6 +34,8 @@ class Observer(ABC):
 
     needs_backward: ClassVar[bool] = False
     """Whether the loss has to be propagated backward."""
+    needs_loss: ClassVar[bool] = False
+    """Whether `Statistics.loss` is wanted, although nothing is propagated backward."""
     needs_weight_gradients: ClassVar[bool] = False
     """Whether gradients of the axes' matrices are wanted in `.grad`."""
     sees_single_windows: ClassVar[bool] = False
@@ -97,6 +99,8 @@ class LayerDistance(Observer):
             if self.is_active():
                 x_BTD = (args[0] if args else kwargs["hidden_states"]).detach()
                 y_BTD = (output[0] if isinstance(output, tuple) else output).detach()
+                if hasattr(module, "carry"):  # a sliced layer puts out another basis
+                    x_BTD = module.carry(x_BTD).detach()
                 distance = self.metric.between(x_BTD, y_BTD.to(x_BTD.device))
                 self.found[i].append(distance * len(x_BTD))
 
@@ -126,6 +130,12 @@ def normalise(distances: Sequence[float], without: Collection[int] = ()) -> list
         (distance - mean) / largest if largest > 0 and i not in without else 0.0
         for i, distance in enumerate(distances)
     ]
+
+
+class Loss(Observer):
+    """The mean loss of the windows alone: `Statistics.loss`."""
+
+    needs_loss = True
 
 
 class UnitGradients(Observer):

@@ -55,7 +55,7 @@ def write_outcome(request: SearchRequest, bench: Bench, study: Any, place: Place
         params=request.params,
         trust_remote_code=request.trust_remote_code,
     )
-    result = make_result(asked, lambda *needed: None, None)
+    result = make_result(asked)
     outcome = Outcome(
         result=result,
         settings=settings,
