@@ -18,9 +18,27 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from accel_runs import no_training_pictures as no_training_pictures
+from accel_runs import request_ as request_
+from accel_runs import shared_cache as shared_cache
+from accel_runs import uninterrupted as uninterrupted
 from adapt_pruner import CalibrationData
 from adapt_pruner.cli import main
+from atomic_runs import existing as existing
+from atomic_runs import result as result
+from checkpoints import llama_checkpoint as llama_checkpoint
+from checkpoints import llama_result as llama_result
+from checkpoints import readings as readings
+from command_line import prune as prune
+from evaluations import cache as cache
+from evaluations import data as data
+from packings import jsonl as jsonl
+from packings import pack as pack
 from picomodels import VOCAB_SIZE, build, random_tokens
+from refusals import refuse as refuse
+from refusals import workplace as workplace
+from report_runs import pruned as pruned
+from report_runs import run as run
 
 torch.set_num_threads(1)
 

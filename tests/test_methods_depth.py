@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adapt_pruner import CalibrationData, prune
+from adapt_pruner import CalibrationData, accel, prune
 from adapt_pruner.errors import InvalidSettings, InvalidTarget
 from adapt_pruner.methods.depth import silence
 from adapt_pruner.model.anatomy import find_anatomy
@@ -198,6 +198,17 @@ def test_layers_that_are_named_go_without_a_target(model, windows):
     assert result.layers == [0, 2, 3, 4]
     assert result.target == result.after.total == left.num_parameters()
     assert torch.equal(logits_of(model, TOKENS), logits_of(left, TOKENS))
+
+
+def test_phases_of_recovery_that_lose_layers(llama, text_file, tmp_path):
+    result = accel(
+        str(llama), tmp_path / "run", method="depth", sparsity=0.6, phases=2, tokens=1000,
+        alpha=0.0, data=str(text_file), calibration=str(text_file), windows=4, window_length=12,
+        sequence_length=16, batch_tokens=64, moments="carry",
+    ).result  # fmt: skip
+    assert result is not None
+    assert len(result.layers) == 1
+    assert [len(step.layer_importance) for step in result.steps] == [3, 3]
 
 
 @pytest.mark.parametrize(

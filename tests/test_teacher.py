@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from adapt_pruner.errors import InvalidSettings, WritingError
 from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery import materials, teacher, teaching
+from adapt_pruner.recovery.estimate import plan_accel
 from adapt_pruner.recovery.materials import gather
 from adapt_pruner.recovery.objective import Teaching
-from adapt_pruner.recovery.plan import plan_accel
 from adapt_pruner.recovery.request import AccelListener, AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.recovery.teaching import make_teacher

@@ -70,11 +70,7 @@ def prune(
     if settings is not None and overrides:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
     settings = settings or make_settings(preset, **overrides)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModel(
-            "Some weights are not in memory (device_map has offloaded them, or the model is on the "
-            "meta device); pruning needs all of them. Use fewer layers per device or bfloat16."
-        )
+    _check_in_memory(model)
     anatomy = find_anatomy(model)
     target = target_of(settings, anatomy, sparsity, params)
     method_named(settings.method).outline(settings, anatomy, target)  # refuses what cannot be met
@@ -84,6 +80,14 @@ def prune(
         calibration = calibration_for(model, tokenizer, settings)
     work = Work(model, calibration, (target,), settings, group=group)
     return next(prune_to_sizes(work, tokenizer, listener))
+
+
+def _check_in_memory(model: Any) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModel(
+            "Some weights are not in memory (device_map has offloaded them, or the model is on the "
+            "meta device); pruning needs all of them. Use fewer layers per device or bfloat16."
+        )
 
 
 def prune_to_sizes(

@@ -50,19 +50,7 @@ def save_result(
         directory, overwrite, sources=[getattr(model.config, "_name_or_path", None) or None]
     )
     with atomic_directory(directory, overwrite) as partial:
-        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-        for weights in partial.glob("*.safetensors"):  # written for their owner alone
-            weights.chmod((partial / "config.json").stat().st_mode)
-        is_sliced = getattr(model.config, "sliced_hidden_size", None)
-        if portable and (model.config.is_heterogeneous or is_sliced):
-            portable_file.add_modeling_file(partial, model)
-        else:
-            portable_file.drop_remote_code(partial, model)
-        older_readers.add_old_keys(partial)
-        if result.tokenizer is not None:
-            result.tokenizer.save_pretrained(partial)
-            source = getattr(result.tokenizer, "name_or_path", None)
-            older_readers.tidy_tokenizer(partial, source)
+        _save_model(result, partial, portable)
         write_json(partial / PRUNING_FILE, result.record())
         recipe = recipe or {
             "params": result.target,
@@ -72,6 +60,24 @@ def save_result(
         write_account(partial, name or directory.name, result)
         write_record(partial)
     return directory
+
+
+def _save_model(result: PruningResult, partial: Path, portable: bool) -> None:
+    """Weights, configuration and tokenizer, with what other readers need."""
+    model = result.model
+    model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+    for weights in partial.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((partial / "config.json").stat().st_mode)
+    is_sliced = getattr(model.config, "sliced_hidden_size", None)
+    if portable and (model.config.is_heterogeneous or is_sliced):
+        portable_file.add_modeling_file(partial, model)
+    else:
+        portable_file.drop_remote_code(partial, model)
+    older_readers.add_old_keys(partial)
+    if result.tokenizer is not None:
+        result.tokenizer.save_pretrained(partial)
+        source = getattr(result.tokenizer, "name_or_path", None)
+        older_readers.tidy_tokenizer(partial, source)
 
 
 def check_place(

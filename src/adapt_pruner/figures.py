@@ -1,6 +1,8 @@
-"""How figures are written."""
+"""How figures are written, and smoothed."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def short(count: float) -> str:
@@ -58,3 +60,29 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+class RunningMean:
+    """Mean of the last values: of all of them at first, then with a memory of about `memory`."""
+
+    def __init__(self, memory: int):
+        self.memory, self.value, self.seen = memory, 0.0, 0
+
+    def add(self, value: float) -> float:
+        """Take in a value. Returns the new mean."""
+        self.seen += 1
+        self.value += (value - self.value) / min(self.seen, self.memory)
+        return self.value
+
+
+def smoothed(values: Sequence[float], phases: Sequence[int]) -> list[float]:
+    """Running mean over about a fiftieth of all values. It begins anew where the phase changes,
+    because a cut is a jump of the loss."""
+    means: list[float] = []
+    memory = max(5, len(values) // 50)
+    mean, phase = RunningMean(memory), None
+    for value, current in zip(values, phases, strict=True):
+        if current != phase:
+            mean, phase = RunningMean(memory), current
+        means.append(mean.add(value))
+    return means

@@ -100,8 +100,12 @@ def checked_value(kind: type[T], name: str, value: Any) -> T:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise InvalidSettings(f"{name}: {message_of(problem)}; got {shown(value)}.") from None
+        raise InvalidSettings(about(name, error.errors()[0])) from None
+
+
+def about(name: str, problem: Any) -> str:
+    """One sentence about a value that pydantic refuses."""
+    return f"{name}: {message_of(problem)}; got {shown(problem['input'])}."
 
 
 def message_of(problem: Any) -> str:

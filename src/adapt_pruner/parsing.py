@@ -63,22 +63,13 @@ def _refuse_constant(name: str) -> Any:
 
 def check_depth(content: bytes) -> None:
     """Raise ParsingError if JSON text nests too deeply."""
-    if content.count(b"[") + content.count(b"{") > MAX_DEPTH:
-        depth_after(content)
-
-
-def depth_after(content: bytes, depth: int = 0) -> int:
-    """How deep a JSON text is at the end of `content`, a part of it that begins at `depth` and cuts
-    no string.
-
-    Raises:
-        ParsingError: if it is too deep anywhere in it.
-    """
+    if content.count(b"[") + content.count(b"{") <= MAX_DEPTH:
+        return
+    depth = 0
     for bracket in _BRACKET.finditer(_JSON_STRING.sub(b"", content)):
         depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
             raise ParsingError(f"nested more than {MAX_DEPTH} levels deep")
-    return depth
 
 
 def _check_text(value: Any) -> None:

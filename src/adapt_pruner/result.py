@@ -65,13 +65,13 @@ class StepRecord:
             return [there.get(i, 0.0) for i in range(count)]
 
         return cls(
-            step.step,
-            step.anatomy.total_parameters,
-            step.loss,
-            aligned(step.layer_importance) if step.layer_importance else [],
-            aligned(step.layer_distance) if step.layer_distance else [],
-            step.anatomy.widths,
-            step.seconds,
+            step=step.step,
+            parameters=step.anatomy.total_parameters,
+            loss=step.loss,
+            layer_importance=aligned(step.layer_importance) if step.layer_importance else [],
+            layer_distance=aligned(step.layer_distance) if step.layer_distance else [],
+            widths=step.anatomy.widths,
+            seconds=step.seconds,
         )
 
 

@@ -34,6 +34,7 @@ from .limits import (
     Tokens,
     Width,
     Windows,
+    about,
     message_of,
 )
 from .model.axes import CUTS
@@ -263,4 +264,4 @@ def explain(error: ValidationError, settings: type[BaseModel]) -> str:
     name = shortened(str(problem["loc"][0]))
     if problem["type"] == "extra_forbidden":
         return f"There is no setting '{name}'.{near_match(name, settings.model_fields)}"
-    return f"{name}: {message_of(problem)}; got {shown(problem['input'])}."
+    return about(name, problem)

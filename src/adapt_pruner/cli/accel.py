@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..limits import Batch, Factor, Hours, Loss, Rounds, Steps
 from ..recovery.settings import RecoverySettings, make_recovery_settings
 from .options import (
-    Count,
     MethodCommand,
-    Number,
     named_model,
     options_of,
     own_values,
@@ -21,6 +19,10 @@ from .options import (
     run_options,
     several_sizes,
 )
+from .parameters import Count, Number
+
+if TYPE_CHECKING:
+    from ..recovery.request import AccelRequest
 
 RECIPE_KEYS = {
     "model": (str,),
@@ -79,46 +81,13 @@ def command(
     adapt-pruner accel Qwen/Qwen2.5-0.5B -o qwen-350m --params 350M --tokens 1B --data adapt-llm
     adapt-pruner accel --recipe recipes/accel-demo.yaml -o small
     """
-    from ..recovery.request import TRAINING_DATA, AccelRequest
     from . import console
 
-    said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
-    said_of_run = {key: said.get(key) for key in RECIPE_KEYS}
-    own = {key: options.pop(key) for key in RECIPE_KEYS if key not in ("model", "preset")}
-    preset = options.pop("preset", None)
-    how = {
-        name: options.pop(name)
-        for name in (
-            "overwrite", "stop_after", "max_hours", "max_loss", "save_steps", "data_cache",
-        )
-    }  # fmt: skip
-    trackers = tuple(name.strip() for name in options.pop("report_to").split(",") if name.strip())
     gpus, gpu_tflops = options.pop("gpus"), options.pop("gpu_tflops")
-    training = {name: options.pop(name) for name in RecoverySettings.model_fields}
-    values = own_values(own, said_of_run)
-    if len(several_sizes(values)) > 1:
-        raise click.UsageError("accel trains one size; name one --sparsity or --params.")
-    model = named_model(model or said.get("model"), output, dry_run)
-    for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
-        if values[name] is None:
-            raise click.UsageError(f"Say --{name}, such as --{name} {example}.")
-    from_recipe = {k: v for k, v in said.items() if k in RecoverySettings.model_fields}
-    given = {k: v for k, v in training.items() if v is not None}
-    if given.keys() & {"phases", "prune_per_phase"}:
-        from_recipe |= {"phases": None, "prune_per_phase": None}
-    flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
-    request = AccelRequest(
-        model=model,
-        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
-        recovery=make_recovery_settings(**{**from_recipe, **given}),
-        report_to=trackers,
-        **values,
-        **flags,
-        **how,
-    )
+    request = _request(model, output, recipe, dry_run, options)
     console.hush_libraries()
     if dry_run:
-        from ..recovery.plan import plan_accel
+        from ..recovery.estimate import plan_accel
 
         console.show_accel_plan(plan_accel(request, gpus, gpu_tflops))
         return
@@ -134,3 +103,48 @@ def command(
     else:
         console.show_result(outcome.result)
         console.out.print(f"written to {output}")
+
+
+def _request(
+    model: str | None,
+    output: Path | None,
+    recipe: Path | None,
+    dry_run: bool,
+    options: dict[str, Any],
+) -> AccelRequest:
+    """What recipe and flags ask for together. A flag overrides the recipe."""
+    from ..recovery.request import TRAINING_DATA, AccelRequest
+
+    said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
+    said_of_run = {key: said.get(key) for key in RECIPE_KEYS}
+    own = {key: options.pop(key) for key in RECIPE_KEYS if key not in ("model", "preset")}
+    preset = options.pop("preset", None)
+    how = {
+        name: options.pop(name)
+        for name in (
+            "overwrite", "stop_after", "max_hours", "max_loss", "save_steps", "data_cache",
+        )
+    }  # fmt: skip
+    trackers = tuple(name.strip() for name in options.pop("report_to").split(",") if name.strip())
+    training = {name: options.pop(name) for name in RecoverySettings.model_fields}
+    values = own_values(own, said_of_run)
+    if len(several_sizes(values)) > 1:
+        raise click.UsageError("accel trains one size; name one --sparsity or --params.")
+    model = named_model(model or said.get("model"), output, dry_run)
+    for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
+        if values[name] is None:
+            raise click.UsageError(f"Say --{name}, such as --{name} {example}.")
+    from_recipe = {k: v for k, v in said.items() if k in RecoverySettings.model_fields}
+    given = {k: v for k, v in training.items() if v is not None}
+    if given.keys() & {"phases", "prune_per_phase"}:
+        from_recipe |= {"phases": None, "prune_per_phase": None}
+    flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
+    return AccelRequest(
+        model=model,
+        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
+        recovery=make_recovery_settings(**{**from_recipe, **given}),
+        report_to=trackers,
+        **values,
+        **flags,
+        **how,
+    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..settings import BenchSettings, make_bench_settings
-from .options import options_of
+from .options import check_before, options_of
 
 if TYPE_CHECKING:
     from ..evaluation.bench import Cost
@@ -37,23 +37,12 @@ def command(
     stands the ideal one: the ratio of operations for reading a prompt, of weight bytes for writing.
     """
     from ..evaluation.bench import compare_costs
-    from ..evaluation.fingerprint import versions
-    from ..files import check_file, write_json_atomically
-    from ..model.loading import (
-        check_causal,
-        describe_device,
-        load_config,
-        load_model,
-        resolve_device,
-    )
+    from ..model.loading import describe_device, load_model, resolve_device
     from . import console
 
     console.hush_libraries()
     settings = make_bench_settings(**{k: v for k, v in options.items() if v is not None})
-    if file is not None:
-        check_file(file)
-    for name in models:  # before the first is loaded
-        check_causal(load_config(name, trust_remote_code, prunable=False))
+    check_before(models, file, trust_remote_code)
     dtype = "stored" if settings.dtype == "auto" else settings.dtype
     device = resolve_device(settings.device)
     loaded = [
@@ -65,17 +54,9 @@ def command(
     where = describe_device(loaded[0].device)
     dtypes = [str(model.dtype).removeprefix("torch.") for model in loaded]
     if file is not None:
-        content = {
-            "format": 1,
-            "device": where,
-            "settings": settings.model_dump(mode="json"),
-            "versions": versions(),
-            "models": [
-                {"model": name, "dtype": kind, **cost.as_dict()}
-                for name, kind, cost in zip(models, dtypes, costs, strict=True)
-            ],
-        }
-        write_json_atomically(file, content)
+        named = zip(models, dtypes, costs, strict=True)
+        rows = [{"model": name, "dtype": kind, **cost.as_dict()} for name, kind, cost in named]
+        _write(file, settings, where, rows)
     show(models, costs)
     speed = costs[0].speed
     console.out.print(
@@ -85,6 +66,20 @@ def command(
         style="dim",
         soft_wrap=True,
     )
+
+
+def _write(file: Path, settings: BenchSettings, device: str, models: list[dict[str, Any]]) -> None:
+    from ..evaluation.fingerprint import versions
+    from ..files import write_json_atomically
+
+    content = {
+        "format": 1,
+        "device": device,
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+        "models": models,
+    }
+    write_json_atomically(file, content)
 
 
 def show(models: tuple[str, ...], costs: list[Cost]) -> None:

@@ -11,7 +11,8 @@ from ..errors import Interrupted, InvalidSettings, WritingError
 from ..limits import MAX_SEED, Runs
 from ..methods import DEFAULT_METHOD, method_named
 from ..settings import EvaluationSettings, make_evaluation_settings
-from .options import Names, Number, Numbers, options_of
+from .options import options_of
+from .parameters import Names, Number, Numbers
 
 if TYPE_CHECKING:
     from ..comparison import Comparison, ComparisonRequest
@@ -67,19 +68,7 @@ SHARED = ("dtype", "device", "device_map", "text_column")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but the table.")
 @options_of(EvaluationSettings, only=MEASURE)
 @options_of(method_named(DEFAULT_METHOD).settings, leave_out=("method",))
-def command(
-    model: str,
-    output: Path,
-    methods: tuple[str, ...] | None,
-    variants: Path | None,
-    vary: tuple[str, ...],
-    sparsities: tuple[float, ...],
-    seeds: int,
-    cache_dir: Path | None,
-    save_models: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def command(output: Path, cache_dir: Path | None, quiet: bool, **options: Any) -> None:
     """Prune MODEL by several methods, at several sparsities, with several seeds, and measure all.
 
     \b
@@ -90,46 +79,11 @@ def command(
     goes on where it was interrupted, and a larger one takes over what it shares with a smaller.
     """
     from ..claims import claimed
-    from ..comparison import ComparisonRequest, compare
-    from ..comparison.variants import (
-        DEFAULT_VARIANTS,
-        all_variants,
-        make_variants,
-        parse_sweep,
-        read_methods,
-    )
+    from ..comparison import compare
     from ..evaluation import ResultStore
-    from ..run import default_calibration
     from . import console
 
-    own = read_methods(variants) if variants else {}
-    names = methods or tuple(own) or DEFAULT_VARIANTS
-    measure = {name: options.pop(name) for name in MEASURE}
-    asked = {name: options.pop(name) for name in ("text", "suite", "tasks", "task_data")}
-    trust = options.pop("trust_remote_code")
-    given = {name: value for name, value in options.items() if value is not None}
-    first = given.pop("seed", 0)
-    if first + seeds - 1 > MAX_SEED:
-        raise InvalidSettings(f"seed: {seeds} of them must be at most {MAX_SEED}; got {first}.")
-    evaluation = make_evaluation_settings(
-        **{name: value for name, value in measure.items() if value is not None},
-        **{name: given[name] for name in SHARED if name in given},
-    )
-    request = ComparisonRequest(
-        model=model,
-        variants=make_variants(
-            names,
-            all_variants(own),
-            map(parse_sweep, vary),
-            {**default_calibration(model), **given},
-        ),
-        sparsities=sparsities,
-        seeds=range(first, first + seeds),
-        evaluation=evaluation,
-        save_to=output / "models" if save_models else None,
-        trust_remote_code=trust,
-        **asked,
-    )
+    request = _request(output, options)
     _check_output(output, request)
     console.hush_libraries()
     with claimed(output), console.ComparisonView(quiet) as view:
@@ -144,6 +98,50 @@ def command(
         write(output, comparison, pictures=True)
     show(comparison)
     click.echo(f"written to {output}")
+
+
+def _request(output: Path, options: dict[str, Any]) -> ComparisonRequest:
+    """What the options ask for together; those that are left over are settings of pruning."""
+    from ..comparison import ComparisonRequest
+    from ..comparison.variants import (
+        DEFAULT_VARIANTS,
+        all_variants,
+        make_variants,
+        parse_sweep,
+        read_methods,
+    )
+    from ..run import default_calibration
+
+    model, methods, variants = (options.pop(name) for name in ("model", "methods", "variants"))
+    vary, seeds, save_models = (options.pop(name) for name in ("vary", "seeds", "save_models"))
+    own = read_methods(variants) if variants else {}
+    names = methods or tuple(own) or DEFAULT_VARIANTS
+    measure = {name: options.pop(name) for name in MEASURE}
+    names_asked = ("text", "suite", "tasks", "task_data", "sparsities")
+    asked = {name: options.pop(name) for name in names_asked}
+    trust = options.pop("trust_remote_code")
+    given = {name: value for name, value in options.items() if value is not None}
+    first = given.pop("seed", 0)
+    if first + seeds - 1 > MAX_SEED:
+        raise InvalidSettings(f"seed: {seeds} of them must be at most {MAX_SEED}; got {first}.")
+    evaluation = make_evaluation_settings(
+        **{name: value for name, value in measure.items() if value is not None},
+        **{name: given[name] for name in SHARED if name in given},
+    )
+    return ComparisonRequest(
+        model=model,
+        variants=make_variants(
+            names,
+            all_variants(own),
+            map(parse_sweep, vary),
+            {**default_calibration(model), **given},
+        ),
+        seeds=range(first, first + seeds),
+        evaluation=evaluation,
+        save_to=output / "models" if save_models else None,
+        trust_remote_code=trust,
+        **asked,
+    )
 
 
 def write(output: Path, comparison: Comparison, pictures: bool = False) -> None:

@@ -32,11 +32,11 @@ from ..recovery.request import AccelListener
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..comparison.grid import Cell, CellResult, Comparison
+    from ..comparison.cells import Cell, CellResult, Comparison
     from ..comparison.table import Tables
     from ..methods import PruningStep
     from ..plan import Plan
-    from ..recovery.plan import AccelPlan
+    from ..recovery.estimate import AccelPlan
     from ..recovery.schedule import Phase
     from ..result import PruningResult
 
@@ -316,7 +316,7 @@ def show_accel_plan(plan: AccelPlan) -> None:
         table.add_column(name, justify="right")
     for planned in plan.phases:
         first, last = planned.learning_rates
-        table.add_row(
+        cells = (
             str(planned.phase.number),
             f"{planned.phase.parameters:,}",
             f"{planned.tokens:,}",
@@ -325,6 +325,7 @@ def show_accel_plan(plan: AccelPlan) -> None:
             f"{planned.flops:.2e}",
             f"{planned.memory_bytes / 1e9:.2f}",
         )
+        table.add_row(*cells)
     out.print(table)
     for title, parts in (
         ("while training", plan.memory_bytes),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..limits import Seed
-from .options import Number
+from .parameters import Number
 
 PROMPT = "The for statement is used to"
 

@@ -9,7 +9,7 @@ import click
 
 from ..errors import Interrupted
 from ..settings import EvaluationSettings, make_evaluation_settings
-from .options import options_of
+from .options import check_before, options_of
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluation, Score
@@ -40,15 +40,11 @@ if TYPE_CHECKING:
 @options_of(EvaluationSettings)
 def command(
     models: tuple[str, ...],
-    suite: tuple[str, ...],
-    tasks: tuple[str, ...],
-    task_data: tuple[Path, ...],
-    text: tuple[str, ...],
     file: Path | None,
     cache_dir: Path | None,
     trust_remote_code: bool,
     quiet: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Measure MODELs, dense or pruned, with lm-eval's benchmarks and perplexity on texts.
 
@@ -60,37 +56,30 @@ def command(
     Metric and shots of the suites are those of arXiv:2502.03460, table 6. Every result is kept, and
     not measured again while model, data, settings and versions stay the same.
     """
-    if not (suite or tasks or text):
+    asked = {name: options.pop(name) for name in ("suite", "tasks", "task_data", "text")}
+    if not (asked["suite"] or asked["tasks"] or asked["text"]):
         raise click.UsageError("Name what to measure: --suite, --tasks or --text.")
     from ..evaluation import ResultStore, evaluate
-    from ..files import check_file, write_json_atomically
-    from ..model.loading import check_causal, load_config
+    from ..files import write_json_atomically
     from . import console
 
     console.hush_libraries()
-    chosen = make_evaluation_settings(**{k: v for k, v in settings.items() if v is not None})
-    if file is not None:
-        check_file(file)
-    for model in models:  # before the first is measured
-        check_causal(load_config(model, trust_remote_code, prunable=False))
+    chosen = make_evaluation_settings(**{k: v for k, v in options.items() if v is not None})
+    check_before(models, file, trust_remote_code)
     found: list[Evaluation] = []
     try:
         with console.TaskBar(quiet) as bar:
             for model in models:
                 bar.prefix = f"{Path(model).name} · " if len(models) > 1 else ""
-                found.append(
-                    evaluate(
-                        model,
-                        suite=suite,
-                        tasks=tasks,
-                        task_data=task_data,
-                        text=text,
-                        settings=chosen,
-                        store=ResultStore(cache_dir),
-                        listener=bar,
-                        trust_remote_code=trust_remote_code,
-                    )
+                one = evaluate(
+                    model,
+                    settings=chosen,
+                    store=ResultStore(cache_dir),
+                    listener=bar,
+                    trust_remote_code=trust_remote_code,
+                    **asked,
                 )
+                found.append(one)
     except KeyboardInterrupt:
         message = "Interrupted. What was measured is kept; the same command goes on from there."
         raise Interrupted(message) from None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,133 +15,15 @@ from pydantic.fields import FieldInfo
 from ..errors import InvalidSettings, near_match, shown
 from ..figures import short
 from ..files import read_yaml
-from ..limits import checked_value
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
 from ..settings import OneOf, PruneSettings
-
-MOST_VALUES = 100
-"""Of a list in one option."""
-
-
-class Count(click.ParamType):
-    """A number of parameters or tokens: 350M, 1.2B, 125K or 260032."""
-
-    name = "count"
-    factors = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}  # noqa: RUF012
-
-    def convert(self, value: Any, param, ctx) -> int:
-        text = str(value).strip().lower().replace(",", "").replace("_", "")
-        factor = self.factors.get(text[-1:], 1)
-        try:
-            count = float(text[:-1] if factor > 1 else text) * factor
-        except ValueError:
-            count = -1.0
-        if not 1 <= count < 10**15 or (factor == 1 and count % 1):
-            self.fail(
-                f"expected a count such as 350M, 1.2B or 260032; got {quoted(value)}.", param, ctx
-            )
-        return round(count)
-
-
-class Number(click.ParamType):
-    """A number of one of the types in `limits`, which say how large it may be."""
-
-    name = "number"
-
-    def __init__(self, kind: Any, name: str = "number"):
-        self.kind, self.name = kind, name
-
-    def convert(self, value: Any, param, ctx) -> Any:
-        try:
-            return checked_value(self.kind, self.name, value)
-        except InvalidSettings as error:
-            self.fail(str(error).removeprefix(f"{self.name}: "), param, ctx)
-
-
-class Several(click.ParamType):
-    """One value, or several with commas, which become a tuple."""
-
-    def __init__(self, one: Any):
-        self.one = click.types.convert_type(one)
-        self.name = self.one.name
-
-    def convert(self, value: Any, param, ctx) -> Any:
-        if not isinstance(value, str) or "," not in value:
-            return self.one.convert(value, param, ctx)
-        parts = [part for part in value.split(",") if part.strip()]
-        if len(parts) > MOST_VALUES:
-            self.fail(f"at most {MOST_VALUES} values; got {len(parts)}.", param, ctx)
-        return tuple(self.one.convert(part, param, ctx) for part in parts)
-
-
-class Choice(click.Choice):
-    """One of several names; another name gets the nearest of them as a hint."""
-
-    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        known = [str(choice) for choice in self.choices]
-        hint = near_match(str(value)[:100], known)
-        return f"there is no {quoted(value)}.{hint} Known: {', '.join(known)}."
-
-
-class Integers(click.ParamType):
-    """Integers separated by commas."""
-
-    name = "integers"
-
-    def convert(self, value: Any, param, ctx) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in _parts(value))
-        except ValueError:
-            self.fail(f"expected integers such as 0,1,-1; got {quoted(value)}.", param, ctx)
-
-
-class Numbers(click.ParamType):
-    """Numbers separated by commas."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param, ctx) -> tuple[float, ...]:
-        try:
-            numbers = tuple(float(part) for part in _parts(value))
-        except ValueError:
-            numbers = ()
-        if not numbers or not all(map(math.isfinite, numbers)) or len(numbers) > MOST_VALUES:
-            self.fail(
-                f"expected up to {MOST_VALUES} numbers such as 0.2,0.4; got {quoted(value)}.",
-                param,
-                ctx,
-            )
-        return tuple(dict.fromkeys(numbers))
-
-
-class Names(click.ParamType):
-    """Names separated by commas, of a table if there is one."""
-
-    name = "names"
-
-    def __init__(self, known: Iterable[str] = ()):
-        self.known = list(known)
-
-    def convert(self, value: Any, param, ctx) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(part.strip() for part in _parts(value))
-        if not names:
-            self.fail(f"expected names with commas; got {quoted(value)}.", param, ctx)
-        for name in names:
-            if self.known and name not in self.known:
-                hint, known = near_match(name[:100], self.known), ", ".join(self.known)
-                self.fail(f"there is no {quoted(name)}.{hint} Known: {known}.", param, ctx)
-        return names
-
-
-def _parts(value: Any) -> list[str]:
-    return [part for part in str(value).split(",") if part.strip()]
-
-
-def quoted(value: Any) -> str:
-    """What was typed, as messages show it."""
-    return shown(str(value))
+from .parameters import (
+    Choice,
+    Count,
+    Integers,
+    Names,
+    Several,
+)
 
 
 def options_of(
@@ -188,7 +69,10 @@ def _named_method(args: Sequence[str], default: str = DEFAULT_METHOD) -> str:
         said = read_yaml(Path(recipe), "recipe", InvalidSettings)
         found = said.get("method") if isinstance(said, dict) else None
     method = str(found or default)
-    method_named(method)
+    try:
+        method_named(method)
+    except InvalidSettings as error:
+        raise click.UsageError(f"Invalid value for '--method': {error}") from None
     return method
 
 
@@ -253,7 +137,13 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
-_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list of them",
+}
 
 
 def read_recipe(
@@ -380,3 +270,15 @@ def named_model(model: str | None, output: Path | None, dry_run: bool) -> str:
     if output is None and not dry_run:
         raise click.UsageError("Name the directory to write: -o DIR.")
     return model
+
+
+def check_before(models: Sequence[str], file: Path | None, trust_remote_code: bool) -> None:
+    """Raise now what would end a measurement later: a file that cannot be written, and models that
+    there are not or that are no causal ones."""
+    from ..files import check_file
+    from ..model.loading import check_causal, load_config
+
+    if file is not None:
+        check_file(file)
+    for name in models:
+        check_causal(load_config(name, trust_remote_code, prunable=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from .options import (
     run_options,
     several_sizes,
 )
+
+if TYPE_CHECKING:
+    from ..run import Request
 
 RECIPE_KEYS = {
     "model": (str,),
@@ -50,23 +53,40 @@ def command(
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
     """
     from ..model.loading import is_gguf
-    from ..run import (
-        Request,
-        default_calibration,
-        plan_run,
-        run_pruning_to_gguf,
-        run_pruning_to_sizes,
-    )
+    from ..run import plan_run, run_pruning_to_sizes
     from . import console
 
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
-    own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
-    overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
-    preset = options.pop("preset", None)
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
     if quantize and not to_gguf:
         raise click.UsageError("--quantize is for GGUF files: name one, -o smaller.gguf.")
+    requests = _requests(model, said, options)
+    console.hush_libraries()
+    if dry_run:
+        for request in requests.values():
+            console.show_plan(plan_run(request))
+        return
+    assert output is not None
+    if to_gguf:
+        _prune_to_gguf(list(requests.values()), output, quantize, quiet)
+        return
+    outputs = [output / name for name in requests] if len(requests) > 1 else [output]
+    with console.ProgressBar(quiet) as bar:
+        for place, result in run_pruning_to_sizes(list(requests.values()), outputs, bar):
+            if not quiet:
+                console.show_result(result)
+                console.out.print(f"written to {place}", highlight=False, soft_wrap=True)
+
+
+def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict[str, Request]:
+    """What recipe and flags ask for together, for each size by its name. A flag overrides the
+    recipe."""
+    from ..run import Request, default_calibration
+
+    own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
+    overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
+    preset = options.pop("preset", None)
     values = own_values(own, said)
     sizes = several_sizes(values)
     request = Request(
@@ -76,25 +96,19 @@ def command(
         trust_remote_code=bool(trust),
         **{**values, **next(iter(sizes.values())), "portable": bool(values["portable"])},
     )
-    requests = [replace(request, **size) for size in sizes.values()]
-    console.hush_libraries()
-    if dry_run:
-        for one in requests:
-            console.show_plan(plan_run(one))
-        return
-    assert output is not None
-    if to_gguf:
-        if len(requests) > 1:
-            raise click.UsageError("A GGUF file holds one size; name a directory for several.")
-        with console.ProgressBar(quiet) as bar:
-            result, exported = run_pruning_to_gguf(request, output, quantize or "F16", bar)
-        if not quiet:
-            console.show_result(result)
-            show_export(exported)
-        return
-    outputs = [output / name for name in sizes] if len(sizes) > 1 else [output]
+    return {name: replace(request, **size) for name, size in sizes.items()}
+
+
+def _prune_to_gguf(
+    requests: list[Request], output: Path, quantize: str | None, quiet: bool
+) -> None:
+    from ..run import run_pruning_to_gguf
+    from . import console
+
+    if len(requests) > 1:
+        raise click.UsageError("A GGUF file holds one size; name a directory for several.")
     with console.ProgressBar(quiet) as bar:
-        for place, result in run_pruning_to_sizes(requests, outputs, bar):
-            if not quiet:
-                console.show_result(result)
-                console.out.print(f"written to {place}", highlight=False, soft_wrap=True)
+        result, exported = run_pruning_to_gguf(requests[0], output, quantize or "F16", bar)
+    if not quiet:
+        console.show_result(result)
+        show_export(exported)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..errors import WritingError
 from ..limits import Tokens
-from .options import Number
+from .parameters import Number
 
 
 @click.command("report")
@@ -37,14 +38,9 @@ from .options import Number
 def command(
     runs: tuple[Path, ...],
     output: Path | None,
-    prompts: tuple[str, ...],
-    max_new_tokens: int,
-    speed: bool,
     evaluation: Path | None,
-    dense: str | None,
-    device: str,
     overwrite: bool,
-    trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Write one HTML page about the directory RUN of a pruning, or comparing several.
 
@@ -52,29 +48,21 @@ def command(
     adapt-pruner report smaller --prompt "Once upon a time" --speed --dense ./my-model
     adapt-pruner report smaller smallest -o both.html
     """
-    from ..files import beginning, place_of, write_atomically
+    from ..files import write_atomically
     from ..model.loading import resolve_device
     from ..report.account import REPORT_FILE
-    from ..report.page import MARK, render
+    from ..report.page import render
     from ..report.record import read_run
     from ..report.samples import Wanted, make_extras
     from ..report.scores import score_rows
     from . import console
 
     output = output or (runs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE))
-    place = place_of(output)
-    if place.is_dir():
-        raise WritingError(f"'{output}' is a directory; name an HTML file in it.")
-    if place.exists() and not place.is_file():
-        raise WritingError(f"'{output}' is a pipe or a device; name an ordinary file.")
-    if place.exists() and not overwrite and MARK not in beginning(place):
-        raise WritingError(
-            f"'{output}' exists and is no report. Name another file, or pass --overwrite."
-        )
+    _check(output, overwrite)
     console.hush_libraries()
     read = [read_run(directory) for directory in runs]
-    resolve_device(device)
-    wanted = Wanted(prompts, max_new_tokens, speed, dense, device, trust_remote_code)
+    resolve_device(options["device"])
+    wanted = Wanted(**options)
     scores = [score_rows(run, evaluation) if evaluation else [] for run in read]
     extras = [make_extras(run, wanted) for run in read]
     for extra, rows in zip(extras, scores, strict=True):
@@ -84,5 +72,20 @@ def command(
         if extra.missing_dense:
             console.err.print(f"{run.name}: {extra.missing_dense}", soft_wrap=True, markup=False)
     click.echo(f"written to {output}")
-    if not prompts:
+    if not wanted.prompts:
         click.echo('--prompt "Some text" --dense MODEL adds what both models write after it.')
+
+
+def _check(output: Path, overwrite: bool) -> None:
+    from ..files import beginning, place_of
+    from ..report.page import MARK
+
+    place = place_of(output)
+    if place.is_dir():
+        raise WritingError(f"'{output}' is a directory; name an HTML file in it.")
+    if place.exists() and not place.is_file():
+        raise WritingError(f"'{output}' is a pipe or a device; name an ordinary file.")
+    if place.exists() and not overwrite and MARK not in beginning(place):
+        raise WritingError(
+            f"'{output}' exists and is no report. Name another file, or pass --overwrite."
+        )

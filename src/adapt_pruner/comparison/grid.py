@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,80 +25,11 @@ from ..model.loading import empty_model, load_model, load_tokenizer, resolve_dev
 from ..plan import make_plan
 from ..result import PruningResult
 from ..run import store_as, stored_dtype
-from ..settings import EvaluationSettings, PruneSettings
+from ..settings import PruneSettings
+from .cells import Cell, CellResult, Comparison, ComparisonListener, ComparisonRequest
 from .variants import Variant
 
 MEAN_OVER_TEXTS = "geometric mean"
-
-
-@dataclass(frozen=True)
-class ComparisonRequest:
-    """What is compared, and how it is measured."""
-
-    model: str
-    variants: Sequence[Variant]
-    sparsities: Sequence[float]
-    seeds: Sequence[int]
-    text: Sequence[str] = ()
-    suite: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    task_data: Sequence[Path] = ()
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    save_to: Path | None = None
-    """Keep every model below this directory; default: none is kept."""
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model that is made and measured."""
-
-    variant: Variant
-    sparsity: float
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.variant.name}, {self.sparsity:.3g}, seed {self.seed}"
-
-
-@dataclass
-class CellResult:
-    """What came of it."""
-
-    cell: Cell
-    parameters: int
-    seconds: float
-    """Of pruning."""
-    scores: list[Score]
-    was_cached: bool = False
-    error: str = ""
-    """Why there are no scores, if there are none."""
-    commits: frozenset[str] = frozenset()
-    """States of the code, as git tells them, at which the figures were computed."""
-
-
-@dataclass
-class Comparison:
-    """All results so far."""
-
-    request: ComparisonRequest
-    dense: Evaluation
-    results: list[CellResult] = field(default_factory=list)
-
-    def of(self, variant: Variant, sparsity: float) -> list[CellResult]:
-        """The results of all seeds."""
-        return [
-            result
-            for result in self.results
-            if result.cell.variant == variant and result.cell.sparsity == sparsity
-        ]
-
-
-class ComparisonListener:
-    """What happens during a comparison, for displays. All methods do nothing by default."""
-
-    def on_cell(self, cell: Cell, number: int, count: int) -> None: ...
-    def on_result(self, comparison: Comparison, result: CellResult) -> None: ...
 
 
 def compare(
@@ -307,7 +238,7 @@ def _mean_over_texts(scores: Sequence[Score]) -> list[Score]:
         return []
     mean = statistics.geometric_mean(score.value for score in found)
     tokens = sum(score.num_samples for score in found)
-    return [Score(MEAN_OVER_TEXTS, "token_perplexity", mean, None, None, tokens, False)]
+    return [Score.of_text(MEAN_OVER_TEXTS, "token_perplexity", mean, None, tokens)]
 
 
 def commits_of(records: Sequence[Record], *more: Record | None) -> frozenset[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
-from ..report.pictures import make_figure
+from ..report.pictures import make_figure, save_figure
 from .grid import MEAN_OVER_TEXTS
 from .table import Metric, Tables
 from .variants import Variant
@@ -27,10 +25,7 @@ def draw(directory: Path, tables: Tables) -> list[Path]:
         (name,) = varied
         drawn[f"quality_over_{name}"] = draw_sweep(tables, metrics, name)
     for name, figure in drawn.items():
-        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
-            content = io.BytesIO()
-            figure.savefig(content, format=suffix[1:], **options)
-            write_atomically(directory / f"{name}{suffix}", content.getvalue())
+        save_figure(figure, directory / f"{name}.svg")
     return [directory / f"{name}.svg" for name in drawn]
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from .. import __version__
 from ..evaluation import Score, fingerprint
 from ..evaluation.store import git_hash
-from .grid import Comparison, commits_of
+from .cells import Comparison
+from .grid import commits_of
 from .variants import Variant
 
 MISSING = "–"

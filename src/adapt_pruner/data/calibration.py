@@ -6,25 +6,16 @@ Shapes: B windows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, DataError, shortened, shown
+from ..errors import CalibrationError, DataError, shown
 from . import pydocs
-from .reading import (
-    DOCUMENT_SEPARATOR,
-    READERS,
-    check_depth_of,
-    explain_hub,
-    files_in,
-    local_path,
-    local_rows,
-)
 from .reading import EMBEDDED as EMBEDDED
+from .reading import Row, files_in, local_path, local_rows, read_rows
 
 
 class CalibrationData:
@@ -148,107 +139,47 @@ def _tokenise(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
 
 def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Iterator[str]:
     """Yield the documents of a source in a seeded random order. See `load_calibration`."""
-    if source == EMBEDDED:
-        yield from _shuffled(list(pydocs.documents("train")), seed)
-        return
     try:
-        path = local_path(source)
+        path = None if source == EMBEDDED else local_path(source)
+        files = files_in(path) if path is not None else []
+        if source == EMBEDDED:
+            yield from _shuffled(list(pydocs.documents("train")), seed)
+        elif files and all(file.suffix == ".txt" for file in files):
+            rows = chain.from_iterable(map(local_rows, files))
+            yield from _shuffled([row.values["text"] for row in rows], seed)
+        else:
+            yield from _texts(read_rows(source, seed=seed), source, text_column)
     except DataError as error:
-        raise CalibrationError(str(error)) from None
-    if path is None:
-        yield from _read_rows(None, source, text_column, seed)
-        return
-    files = files_in(path)
-    plain = [file for file in files if file.suffix == ".txt"]
-    yield from _shuffled([d for file in plain for d in split_documents(_read(file))], seed)
-    for reader in ("json", "parquet"):
-        chosen = [file for file in files if READERS[file.suffix] == reader]
-        if chosen:
-            yield from _read_rows(chosen, source, text_column, seed)
-
-
-def split_documents(text: str) -> list[str]:
-    """Split plain text at lines of `<|endoftext|>`; without them it is one document."""
-    pieces = (piece.strip() for piece in text.split(DOCUMENT_SEPARATOR))
-    return [piece for piece in pieces if piece]
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"'{file}' is not UTF-8 text (byte {error.start}). Convert it to UTF-8."
-        ) from error
-    except OSError as error:
-        raise CalibrationError(f"'{file}' cannot be read: {error.strerror}.") from error
-
-
-def _read_rows(files: list[Path] | None, source: str, column: str, seed: int) -> Iterator[str]:
-    """The texts of local files, or of a data set on the hub, in a seeded random order."""
-    lacking, is_known = 0, False
-    for row in _stream(files, source, seed):
-        if column in row:
-            is_known = True
-            yield from _text_in(row, source, column)
-            continue
-        lacking += 1
-        if not is_known and (files is None or lacking == PATIENCE):
-            raise CalibrationError(_no_column(source, column, row))
-    if lacking and not is_known:
-        raise CalibrationError(_no_column(source, column, row))
+        raise CalibrationError(str(error)) from error
 
 
 PATIENCE = 1_000
 """Rows without the column of the text, after which there is none; single rows may lack it."""
 
 
-def _text_in(row: dict[str, Any], source: str, column: str) -> Iterator[str]:
-    text = row[column]
-    if not isinstance(text, str | None):
-        raise CalibrationError(
-            f"Column '{column}' of '{source}' holds {shown(text)}, which is not text. Name another "
-            "with --text-column."
+def _texts(rows: Iterable[Row], source: str, column: str) -> Iterator[str]:
+    """What the column of the text holds, blank texts left out."""
+    is_known, lacking = False, None
+    for number, row in enumerate(rows, 1):
+        text = row.values.get(column)
+        if not isinstance(text, str | None):
+            raise DataError(
+                f"Column '{column}' of '{source}' holds {shown(text)}, which is not text "
+                f"({row.place}). Name another with --text-column."
+            )
+        if column in row.values:
+            is_known = True
+        else:
+            lacking = row
+        if lacking and not is_known and number == PATIENCE:
+            break
+        if text and text.strip():
+            yield text
+    if lacking and not is_known:
+        has = ", ".join(sorted(map(str, lacking.values))[:20]) or "none"
+        raise DataError(
+            f"'{source}' has no column '{column}'; it has {has}. Name one with --text-column."
         )
-    if text and text.strip():
-        yield text
-
-
-def _no_column(source: str, column: str, row: dict[str, Any]) -> str:
-    has = ", ".join(sorted(map(str, row))[:20]) or "none"
-    return f"'{source}' has no column '{column}'; it has {has}. Name one with --text-column."
-
-
-def _stream(files: list[Path] | None, source: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows, shuffled by `datasets`: the order of files, and the rows in a buffer."""
-    import datasets
-
-    options: dict[str, Any] = {}
-    try:
-        if files is not None:
-            check_depth_of(files)
-            options = {"data_files": [str(file) for file in files]}
-        name = source if files is None else READERS[files[0].suffix]
-        data: Any = datasets.load_dataset(name, split="train", streaming=True, **options)
-        yield from data.shuffle(seed=seed, buffer_size=10_000)
-    except DataError as error:
-        raise CalibrationError(str(error)) from error
-    except Exception as error:  # of many libraries
-        raise CalibrationError(_explain(error, files, source)) from error
-
-
-def _explain(error: Exception, files: list[Path] | None, source: str) -> str:
-    """Where the trouble is: our own reader names file and line."""
-    if files is None:
-        return explain_hub(source, error)
-    for file in files:
-        try:
-            for _ in local_rows(file):
-                pass
-        except DataError as found:
-            return str(found)
-    what = shortened((str(error).strip() or repr(error)).splitlines()[0].rstrip("."))
-    return f"'{source}' cannot be read: its rows do not fit together ({what}). Correct the files."
 
 
 def _shuffled(items: list[str], seed: int) -> list[str]:

@@ -35,12 +35,13 @@ def of_source(source: Source) -> Any:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Whatever changes its tokens."""
-    if tokenizer.is_fast:
-        model = json.loads(tokenizer.backend_tokenizer.to_str())
-        model = {key: model[key] for key in model if key not in ("truncation", "padding")}
+    """Whatever changes its tokens. The state that padding and truncation are in does not count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:
-        model = [type(tokenizer).__name__, tokenizer.get_vocab()]
-    return of_texts(
-        [json.dumps([model, tokenizer.special_tokens_map], default=str, sort_keys=True)]
-    )
+        passing = ("padding", "truncation")
+        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in passing}
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    longest = min(tokenizer.model_max_length, 2**31)
+    return of_texts([json.dumps([content, special, longest], sort_keys=True)])

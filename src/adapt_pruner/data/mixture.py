@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import DataError, near_match, shown
 from ..files import read_yaml
-from ..limits import Loss, Name, Weight, message_of
+from ..limits import Loss, Name, Weight, about
 from .formats import FORMATS
 from .reading import EMBEDDED, READERS, local_path
 
@@ -227,4 +227,4 @@ def _explain(error: ValidationError) -> str:
         )
         hint = near_match(shown(problem["input"]), known)
         return f"{where}{name}: got {shown(problem['input'])}.{hint} Known: {', '.join(known)}."
-    return f"{where}{name}: {message_of(problem)}; got {shown(problem['input'])}."
+    return where + about(name, problem)

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import DataError
 from .domains import DomainCache, LossOn, PackedDomain, Progress
 from .fingerprints import short_hash
-from .mixture import Mixture, read_mixture
+from .mixture import Mixture, Source, read_mixture
 
 GROWTH = 4
 """With the dynamic policy, each domain is prepared for so many times its first share: the weight
@@ -61,20 +61,18 @@ def prepare(
     vocab_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> PackedData:
-    """Tokenise what a budget needs of each source, or take it from the cache.
-
-    Processes that prepare the same at the same time do it once: one works, the others wait.
+    """Tokenise what a budget needs of each source, or take it from the cache. Processes that
+    prepare the same at the same time do it once: one works, the others wait.
 
     Args:
         mixture: see `read_mixture`.
         tokens: budget of the run, rounded up to whole windows.
         cache: directory of what was tokenised, with one directory per domain.
-        sequence_length: T. Windows are filled without padding; a document may go on in the next.
-        loss_on: "answers": instruction and chat data have loss on the answers alone. Plain text
-            has it everywhere.
+        sequence_length: T. Windows have no padding; a document may go on in the next one.
+        loss_on: "answers": chats and instructions have loss on the answers, text everywhere.
         repeat: let a source that is too small be drawn again and again.
-        exclude: text, named like a mixture, or documents; what overlaps with it is dropped, see
-            `Overlap`. All columns count; of "pydocs" its held-out part.
+        exclude: text, named like a mixture, or documents; what overlaps with any column of it (of
+            "pydocs": with its held-out part) is dropped, see `Overlap`.
         seed: of the order in which documents are read.
         vocab_size: rows of the model's embedding, to notice a tokenizer of another model.
 
@@ -85,31 +83,35 @@ def prepare(
     mixture = read_mixture(mixture)
     _check(tokenizer, sequence_length, tokens, loss_on)
     store = DomainCache(
-        Path(cache).expanduser(),
-        mixture,
-        tokenizer,
-        sequence_length,
-        vocab_size=vocab_size,
-        loss_on=loss_on,
-        exclude=_to_exclude(exclude),
-        seed=seed,
-    )
+        Path(cache).expanduser(), mixture, tokenizer, sequence_length, vocab_size=vocab_size,
+        loss_on=loss_on, exclude=_to_exclude(exclude), seed=seed,
+    )  # fmt: skip
     sources = [source for source in mixture.sources if source.weight]
     total = -(-tokens // sequence_length)
-    shares = []
-    for source in sources:
-        needed = windows_needed(total, source.weight, len(sources))
-        most = needed if mixture.policy == "fixed" else min(GROWTH * needed, total)
+    shares, domains = _shares(mixture, sources, total), []
+    for source, _, most in shares:
         store.check(source, most)
-        shares.append((source, needed, most))
-    domains = []
     for source, needed, most in shares:
         domain = store.domain(source, most, on_progress or _ignore)
         _check_size(domain, needed, total, len(sources), sequence_length, repeat)
         domains.append(domain)
-    contents = [[d.name, round(d.weight, 9), d.account.digest] for d in domains]
-    fingerprint = short_hash([sequence_length, contents])
+    fingerprint = _fingerprint(domains, sequence_length)
     return PackedData(domains, sequence_length, repeat, mixture, fingerprint)
+
+
+def _fingerprint(domains: list[PackedDomain], sequence_length: int) -> str:
+    contents = [[d.name, round(d.weight, 9), d.account.digest] for d in domains]
+    return short_hash([sequence_length, contents])
+
+
+def _shares(mixture: Mixture, sources: list[Source], total: int) -> list[tuple[Source, int, int]]:
+    """Each source with the windows that it must give at least, and may give at most."""
+    shares = []
+    for source in sources:
+        needed = windows_needed(total, source.weight, len(sources))
+        most = needed if mixture.policy == "fixed" else min(GROWTH * needed, total)
+        shares.append((source, needed, most))
+    return shares
 
 
 def windows_needed(total: int, weight: float, num_domains: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, shown
-from ..parsing import ParsingError, depth_after, parse_json
+from ..parsing import ParsingError, parse_json
 from . import pydocs
 
 EMBEDDED = "pydocs"
@@ -23,7 +23,7 @@ EMBEDDED = "pydocs"
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
-LONGEST_DOCUMENT = 1_000_000
+LONGEST_DOCUMENT = 4_000_000
 """Characters; longer texts are taken as several documents, so that none fills the memory."""
 BLANK = b" \t\r\n\xef\xbb\xbf"
 """White space, and a byte order mark."""
@@ -153,32 +153,6 @@ def local_rows(file: Path) -> Iterator[Row]:
         yield from _READ[file.suffix](file)
     except OSError as error:
         raise DataError(f"'{file}' cannot be read: {error.strerror or error}.") from error
-
-
-def check_depth_of(files: Iterable[Path]) -> None:
-    """Look through JSON files before another parser reads them: a deep value ends the process in
-    it, and so does a line that is null.
-
-    Raises:
-        DataError: naming the line that is too long, too deep or no object.
-    """
-    for file in files:
-        depth = 0
-        if READERS[file.suffix] != "json":
-            continue
-        if _is_array(file):
-            for _ in local_rows(file):
-                pass
-            continue
-        for number, line in _lines(file):
-            if not depth and line.strip() and not line.lstrip(BLANK).startswith(b"{"):
-                _row(
-                    _parsed(line, f"'{file}' line {number}", "the line"), f"'{file}' line {number}"
-                )
-            try:
-                depth = depth_after(line, depth)
-            except ParsingError as error:
-                raise DataError(f"'{file}' line {number} is {error}. Leave it out.") from error
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .. import __version__
+from ..data.fingerprints import of_tokenizer
 from ..errors import UnsupportedModel
 from ..model.checks import weight_files
 from ..model.loading import commit_of, load_config, reading, resolve_name
@@ -67,18 +68,6 @@ def of_name(name: str, tokenizer: Any, trust_remote_code: bool = False) -> dict[
         "tokenizer": of_tokenizer(tokenizer),
         **({"code": code} if code and trust_remote_code else {}),
     }
-
-
-def of_tokenizer(tokenizer: Any) -> str:
-    """Fingerprint of what a tokenizer does, whatever state padding and truncation are in."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        passing = ("padding", "truncation")
-        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in passing}
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    return digest([content, special, min(tokenizer.model_max_length, 2**31)])
 
 
 def of_rows(rows: Iterable[Any]) -> str:

@@ -50,19 +50,17 @@ def evaluate(
     trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Evaluation:
-    """Measure a model by lm-eval's tasks and by perplexity on texts. Changes nothing in it.
-
-    Every result is kept as soon as it is there, and not measured again while all that determines it
-    stays the same.
+    """Measure a model by lm-eval's tasks and by perplexity on texts, without changing it, such as
+    `evaluate("my-model", suite="commonsense").score("PIQA").value`. Every result is stored, and
+    measured again only when something that determines it has changed.
 
     Args:
-        model: a causal language model of transformers with its `tokenizer`, measured as it is; or a
-            name on the hub, a directory, or "demo", loaded as `settings` say.
+        model: a causal language model with its `tokenizer`, measured as it is; or a name on the
+            hub, a directory, or "demo", loaded as `settings` say.
         suite: one or more of `suites.SUITES`.
         tasks: names of lm-eval's tasks, groups or tags; a string may hold several, with commas.
         task_data: directories with the tasks' data, see `task_data`; default: from the hub.
-        text: texts to measure token perplexity and bits per byte on: files, directories, data sets
-            on the hub, or "pydocs".
+        text: files, directories, data sets on the hub, or "pydocs", for perplexity on texts.
         settings: all settings at once, or single ones as keywords.
         store: where results are kept; default: `ResultStore()`.
 
@@ -70,9 +68,6 @@ def evaluate(
         EvaluationError: for an unknown suite or task, or data that is missing or does not fit.
         MissingExtra: if lm-eval is needed and not installed.
         AdaptPrunerError: one of its other kinds, if the model cannot be read or puts out NaN.
-
-    Example:
-        evaluate("my-model", suite="commonsense").score("PIQA").value
     """
     if settings is not None and overrides:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
@@ -80,29 +75,26 @@ def evaluate(
     suites = find_suites(_listed(suite))
     names = [part for name in _listed(tasks) for part in name.split(",") if part]
     texts = [str(source) for source in _listed(text)]
+    _check(suites, names, texts, settings)
+    subject = Subject.of(model, tokenizer, settings, trust_remote_code)
+    run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
+    training = getattr(model, "training", False)
+    try:
+        scores = run.tasks(suites, names, _listed(task_data))
+        scores += [score for source in texts for score in run.text(source)]
+    finally:
+        if training:  # lm-eval leaves it in evaluation mode
+            model.train()
+    return run.evaluation(scores)
+
+
+def _check(suites: Any, names: list[str], texts: list[str], settings: EvaluationSettings) -> None:
     if not (suites or names or texts):
         raise EvaluationError("Nothing to measure: name a suite, tasks or a text.")
     if settings.num_fewshot is not None and not names:
         raise InvalidSettings(
             f"num_fewshot applies to tasks, and suites have their own; got {settings.num_fewshot}."
         )
-    subject = Subject.of(model, tokenizer, settings, trust_remote_code)
-    run = _Run(subject, settings, store or ResultStore(), listener or EvaluationListener())
-    training = getattr(model, "training", False)
-    try:
-        scores = run.tasks(suites, names, [Path(p).expanduser() for p in _listed(task_data)])
-        scores += [score for source in texts for score in run.text(source)]
-    finally:
-        if training:  # lm-eval leaves it in evaluation mode
-            model.train()
-    return Evaluation(
-        subject.name,
-        run.records[0].result["parameters"],
-        scores,
-        settings,
-        run.records,
-        run.num_cached,
-    )
 
 
 class _Run:
@@ -121,8 +113,14 @@ class _Run:
         self.num_cached = 0
         self._lm: Any = None
 
+    def evaluation(self, scores: list[Score]) -> Evaluation:
+        size = self.records[0].result["parameters"]
+        return Evaluation(
+            self.subject.name, size, scores, self.settings, self.records, self.num_cached
+        )
+
     def tasks(
-        self, suites: Sequence[Suite], names: Sequence[str], directories: Sequence[Path]
+        self, suites: Sequence[Suite], names: Sequence[str], directories: Sequence[str | Path]
     ) -> list[Score]:
         """Scores of all rows, each suite followed by its averages."""
         if not suites and not names:
@@ -131,8 +129,9 @@ class _Run:
         of_suites = [[harness.Wanted.of_suite(b) for b in suite.benchmarks] for suite in suites]
         wanted = [row for rows in of_suites for row in rows]
         wanted += [harness.Wanted(name, (name,)) for name in names]
+        places = [Path(place).expanduser() for place in directories]
         scores: list[Score] = []
-        with harness.load_tasks(wanted, directories, self.settings) as rows:
+        with harness.load_tasks(wanted, places, self.settings) as rows:
             count = sum(len(row.tasks) for row in rows)
             left = iter(rows)
             for suite in suites:
@@ -223,14 +222,15 @@ class _Run:
             return {**measured.as_dict(), "num_documents": len(documents), "source": name}
 
         result = self._keep(key, measure).result
-        nats = math.log(result["perplexity"])
+        value, bits = result["perplexity"], result["bits_per_byte"]
+        nats = math.log(value)
         error, tokens = result["standard_error"], result["num_tokens"]
         return [
-            Score(name, "token_perplexity", result["perplexity"], result["perplexity"] * error,
-                  None, tokens, False),
-            Score(name, "bits_per_byte", result["bits_per_byte"],
-                  result["bits_per_byte"] * error / nats if nats else None, None, tokens, False),
-        ]  # fmt: skip
+            Score.of_text(name, "token_perplexity", value, value * error, tokens),
+            Score.of_text(
+                name, "bits_per_byte", bits, bits * error / nats if nats else None, tokens
+            ),
+        ]
 
     def _documents(self, source: str) -> list[str]:
         limit = self.settings.limit

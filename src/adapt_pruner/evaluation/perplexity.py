@@ -80,21 +80,7 @@ def perplexity(
         NonFiniteError: if the model puts out NaN.
     """
     stride = stride or window
-    windows: list[Window] = []
-    num_bytes = 0
-    for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        pieces = windows_of(ids, window, stride)
-        if max_windows is not None and len(windows) + len(pieces) > max_windows:
-            pieces = pieces[: max_windows - len(windows)]
-            end = (len(pieces) - 1) * stride + window if pieces else 0
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-        windows += pieces
-        num_bytes += len(text.encode("utf-8")) if pieces else 0
-        if len(windows) == max_windows:
-            break
-    if not windows:
-        raise CalibrationError("There is no text to measure perplexity on.")
+    windows, num_bytes = _all_windows(tokenizer, texts, window, stride, max_windows)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(max(max(ids) for ids, _ in windows), vocab_size)
     losses = window_losses(model, windows, batch_size, on_progress)
@@ -114,6 +100,28 @@ def perplexity(
         window=window,
         stride=stride,
     )
+
+
+def _all_windows(
+    tokenizer: Any, texts: Iterable[str], window: int, stride: int, max_windows: int | None
+) -> tuple[list[Window], int]:
+    """The windows of all documents, and the bytes of the text that they hold."""
+    windows: list[Window] = []
+    num_bytes = 0
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        pieces = windows_of(ids, window, stride)
+        if max_windows is not None and len(windows) + len(pieces) > max_windows:
+            pieces = pieces[: max_windows - len(windows)]
+            end = (len(pieces) - 1) * stride + window if pieces else 0
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        windows += pieces
+        num_bytes += len(text.encode("utf-8")) if pieces else 0
+        if len(windows) == max_windows:
+            break
+    if not windows:
+        raise CalibrationError("There is no text to measure perplexity on.")
+    return windows, num_bytes
 
 
 def windows_of(ids: list[int], window: int, stride: int) -> list[Window]:

@@ -30,6 +30,14 @@ class Score:
     num_samples: int
     higher_is_better: bool
 
+    @classmethod
+    def of_text(
+        cls, name: str, metric: str, value: float, stderr: float | None, num_tokens: int
+    ) -> Score:
+        """A figure of a text, of which less is better."""
+        return cls(name, metric, value, stderr, num_fewshot=None, num_samples=num_tokens,
+                   higher_is_better=False)  # fmt: skip
+
 
 @dataclass
 class Evaluation:
@@ -75,13 +83,13 @@ def scores_of(
         plain = metric.split(",")[0]
         better = [record.result["higher_is_better"].get(plain) for record in records]
         yield Score(
-            wanted.name,
-            metric.removesuffix(",none"),
-            sum(values) / len(values),
-            _mean_error(errors),
-            records[0].key["num_fewshot"],
-            sum(record.result["num_samples"] for record in records),
-            better[0] is not False and "perplexity" not in plain,
+            name=wanted.name,
+            metric=metric.removesuffix(",none"),
+            value=sum(values) / len(values),
+            stderr=_mean_error(errors),
+            num_fewshot=records[0].key["num_fewshot"],
+            num_samples=sum(record.result["num_samples"] for record in records),
+            higher_is_better=better[0] is not False and "perplexity" not in plain,
         )
 
 
@@ -105,4 +113,12 @@ def average(label: str, scores: Sequence[Score]) -> Score:
     value = sum(score.value for score in scores) / len(scores)
     error = _mean_error([score.stderr for score in scores])
     samples = sum(score.num_samples for score in scores)
-    return Score(label, "mean", value, error, None, samples, True)
+    return Score(
+        name=label,
+        metric="mean",
+        value=value,
+        stderr=error,
+        num_fewshot=None,
+        num_samples=samples,
+        higher_is_better=True,
+    )

@@ -67,14 +67,14 @@ def _speed(
     prefill, decode = (statistics.median(times) for times in zip(*record, strict=True))
     rounds = list(zip(first, record, strict=True))
     return Speed(
-        batch_size * prompt_tokens / prefill,
-        batch_size * new_tokens / decode,
-        prompt_tokens,
-        new_tokens,
-        batch_size,
-        prefill,
-        statistics.median(old[0] / new[0] for old, new in rounds),
-        statistics.median(old[1] / new[1] for old, new in rounds),
+        prefill_tokens_per_s=batch_size * prompt_tokens / prefill,
+        decode_tokens_per_s=batch_size * new_tokens / decode,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        time_to_first_token_s=prefill,
+        prefill_speedup=statistics.median(old[0] / new[0] for old, new in rounds),
+        decode_speedup=statistics.median(old[1] / new[1] for old, new in rounds),
     )
 
 

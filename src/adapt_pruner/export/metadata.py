@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import yaml
 
+from ..parsing import ParsingError, parse_yaml
 from .layout import Layout
 from .rope import rope_keys
 
@@ -85,7 +85,7 @@ def read_card(directory: Path) -> dict[str, Any]:
     file = directory / "README.md"
     try:
         parts = file.read_text(encoding="utf-8").split("---\n")
-        head = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        head = parse_yaml(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    except (OSError, UnicodeDecodeError, ParsingError):
         return {}
     return head if isinstance(head, dict) else {}

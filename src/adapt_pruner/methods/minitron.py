@@ -9,6 +9,7 @@ Shapes: B windows, T tokens, U units of an axis, C columns of an output projecti
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ..allocate.chains import Scores
 from ..allocate.shapes import SHAPE_NAMES, Shape, ShapeLimits, Shapes, keep_of, parse_shape
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, NonFiniteError
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, HIDDEN, LAYERS, Axis, AxisKey
 from ..model.edits import Cut, Keep
@@ -130,27 +131,23 @@ def _norms(anatomy: Anatomy) -> list[nn.Module]:
     return found
 
 
-class CalibrationLoss(Observer):
-    """Mean loss of the windows, in nats per predicted token, from the forward pass alone."""
-
-    def attach(self) -> Iterator[Any]:
-        assert self.anatomy.model is not None
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.anatomy.axes[0].device)
-        yield self.anatomy.model.register_forward_hook(self._on_model, with_kwargs=True)
-
-    def _on_model(self, module, args, kwargs, output) -> None:
-        for logits_TV, tokens_T in zip(output.logits, kwargs["input_ids"], strict=True):
+@torch.no_grad()
+def calibration_loss(model: Any, windows_BT: Tensor, micro_batch_size: int | None) -> float:
+    """Mean loss of the windows, in nats per predicted token. Raises NonFiniteError."""
+    device, total = model.get_input_embeddings().weight.device, 0.0
+    model.eval()
+    for batch_BT in windows_BT.split(micro_batch_size or 1):
+        logits_BTV = model(input_ids=batch_BT.to(device), use_cache=False).logits
+        for logits_TV, tokens_T in zip(logits_BTV, batch_BT, strict=True):
             targets_T = tokens_T[1:].to(logits_TV.device)
-            self.loss += F.cross_entropy(logits_TV[:-1].float(), targets_T).to(self.loss)
-
-    def sums(self) -> Iterable[Tensor]:
-        return [self.loss]
-
-    def finish(self, num_windows: int) -> None:
-        self.loss /= num_windows
-
-    def values(self):
-        yield "the loss of a smaller model", self.loss
+            total += F.cross_entropy(logits_TV[:-1].float(), targets_T).item()
+    loss = total / len(windows_BT)
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"The loss of a smaller model on the calibration text is {loss}. Try --dtype float32 "
+            "(or bfloat16), and check that the model is sound."
+        )
+    return loss
 
 
 def scores_of(axes: Sequence[Axis], norms: ActivationNorms, distance: LayerDistance) -> Scores:
@@ -207,9 +204,7 @@ def _loss_after(work: Work, keep: Keep, windows_BT: Tensor) -> float:
     """Calibration loss of a copy of the model that is cut."""
     model = deepcopy(work.model)
     Cut(keep).apply(model)
-    observer = CalibrationLoss()
-    with collect(model, find_anatomy(model), windows_BT, [observer], how=work.how):
-        return observer.loss.item()
+    return calibration_loss(model, windows_BT, work.how.micro_batch_size)
 
 
 def _spread(shapes: list[Shape], count: int) -> list[Shape]:

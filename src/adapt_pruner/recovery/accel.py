@@ -48,8 +48,7 @@ def accel(
     Args:
         model: a name on the hub, a directory, or "demo".
         output: directory of the run; the result is loaded from it.
-        data: training text or a mixture, see `read_mixture`. Cuts are calibrated on it, too, unless
-            `calibration` names other text.
+        data: training text or a mixture, see `read_mixture`; also the default of `calibration`.
         tokens: to train on in all.
         sparsity, params, preset: as in `prune`.
         settings: all settings of pruning at once; or single ones in `options`.
@@ -62,18 +61,13 @@ def accel(
     of_request = {f.name for f in fields(AccelRequest)} & options.keys()
     of_training = RecoverySettings.model_fields.keys() & options.keys()
     of_pruning = options.keys() - of_request - of_training
-    for name, whole, single in (
-        ("settings", settings, of_pruning),
-        ("recovery", recovery, of_training),
-    ):
+    parts = ("settings", settings, of_pruning), ("recovery", recovery, of_training)
+    for name, whole, single in parts:
         if whole is not None and single:
             raise InvalidSettings(f"Give `{name}` or single ones, not both; got {sorted(single)}.")
-    if settings is None:
-        settings = make_settings(preset, **{name: options[name] for name in of_pruning})
+    settings = settings or make_settings(preset, **{name: options[name] for name in of_pruning})
     if "calibration" not in settings.model_fields_set:
         settings = settings.model_copy(update={"calibration": TRAINING_DATA})
-    if recovery is None:
-        recovery = make_recovery_settings(**{name: options[name] for name in of_training})
     request = AccelRequest(
         model=model,
         data=data,
@@ -81,7 +75,7 @@ def accel(
         sparsity=sparsity,
         params=params,
         settings=settings,
-        recovery=recovery,
+        recovery=recovery or make_recovery_settings(**{n: options[n] for n in of_training}),
         **{name: options[name] for name in of_request},
     )
     return run_accel(request, output, listener)

@@ -99,8 +99,8 @@ def gather(
     listener: AccelListener,
     with_model: bool = True,
 ) -> Materials:
-    """Read everything that `request` names but the teacher. The first process reads first what all
-    need. Writes nothing but the cache of tokenised data.
+    """Read everything that `request` names but the teacher; of the data, the first process before
+    the others. Writes nothing but the cache of tokenised data.
 
     Args:
         with_model: read the source model now, so that what is wrong with it shows.
@@ -108,7 +108,7 @@ def gather(
     Raises:
         AdaptPrunerError: one of its kinds, for whatever is missing or does not fit.
     """
-    settings = request.settings
+    settings, seed = request.settings, seed_of(request)
     listener.on_prepare("reading the model")
     empty = empty_model(request.model, request.trust_remote_code)
     target, phases = plan_phases(request, empty)
@@ -117,18 +117,15 @@ def gather(
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
     num_tokens = shared_tokens(request, empty, tokenizer) if request.recovery.alpha else 0
     model = read_model(request, accelerator) if with_model else None
-    texts = None
-    if request.evaluate:
-        texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
-
+    texts = _texts(request)
     listener.on_prepare("reading the data")
     own = settings.calibration == TRAINING_DATA
     calibration = None if own else calibration_for(empty, tokenizer, settings)
-    data = _prepare(request, accelerator, mixture, tokenizer, phases, empty, listener)
-    _check_answers(data, request.recovery.loss_on)
+    budget = phases[-1].end_step * tokens_per_step(request.recovery)
+    num_windows = budget // request.recovery.sequence_length
+    with first_alone(accelerator):
+        data = _prepare(request, mixture, tokenizer, budget, empty, listener)
     listener.on_data(data.describe())
-    windows_per_step = tokens_per_step(request.recovery) // request.recovery.sequence_length
-    num_windows = phases[-1].end_step * windows_per_step
     return Materials(
         request=request,
         accelerator=accelerator,
@@ -140,12 +137,20 @@ def gather(
         target=target,
         phases=phases,
         data=data,
-        calibration=calibration or calibration_on(data, settings, num_windows, seed_of(request)),
+        calibration=calibration or calibration_on(data, settings, num_windows, seed),
         texts=texts,
         teacher=None,
-        seed=seed_of(request),
+        seed=seed,
         num_tokens=num_tokens,
     )
+
+
+def _texts(request: AccelRequest) -> list[str] | None:
+    """What to measure on after each phase, if anything."""
+    if not request.evaluate:
+        return None
+    settings = request.settings
+    return evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
 
 
 def seed_of(request: AccelRequest) -> int:
@@ -164,30 +169,30 @@ def _check_answers(data: PackedData, loss_on: str) -> None:
 
 def _prepare(
     request: AccelRequest,
-    accelerator: Accelerator,
     mixture: Mixture,
     tokenizer: Any,
-    phases: tuple[Phase, ...],
+    num_tokens: int,
     empty: Any,
     listener: AccelListener,
 ) -> PackedData:
     recovery = request.recovery
-    with first_alone(accelerator):
-        return prepare(
-            mixture,
-            tokenizer,
-            sequence_length=recovery.sequence_length,
-            tokens=phases[-1].end_step * tokens_per_step(recovery),
-            cache=request.data_cache or default_cache() / "data",
-            loss_on=recovery.loss_on,
-            repeat=recovery.repeat,
-            exclude=recovery.exclude,
-            seed=seed_of(request),
-            vocab_size=empty.get_input_embeddings().weight.shape[0],
-            on_progress=lambda name, done, needed: listener.on_prepare(
-                f"tokenising {name}: {done / max(needed, 1):.0%}"
-            ),
-        )
+    data = prepare(
+        mixture,
+        tokenizer,
+        sequence_length=recovery.sequence_length,
+        tokens=num_tokens,
+        cache=request.data_cache or default_cache() / "data",
+        loss_on=recovery.loss_on,
+        repeat=recovery.repeat,
+        exclude=recovery.exclude,
+        seed=seed_of(request),
+        vocab_size=empty.get_input_embeddings().weight.shape[0],
+        on_progress=lambda name, done, needed: listener.on_prepare(
+            f"tokenising {name}: {done / max(needed, 1):.0%}"
+        ),
+    )
+    _check_answers(data, recovery.loss_on)
+    return data
 
 
 def calibration_on(

@@ -138,6 +138,7 @@ class Run:
         request, progress, calibration = self.request, self.progress, self.materials.calibration
         seed = self.materials.seed * 1_000_003 + phase.number
         torch.manual_seed(seed)
+        layers = list(self.history.layers)
         with set_aside(self.materials.teacher):
             result = prune(
                 self.model,
@@ -151,7 +152,12 @@ class Run:
         progress.history = self.history.state_dict()
         done = len(progress.pruning_steps)
         for record in result.steps:
-            progress.pruning_steps.append({**asdict(record), "step": done + record.step})
+            of_source = {
+                name: _spread(getattr(record, name), layers, len(progress.first["widths"]))
+                for name in ("layer_importance", "layer_distance")
+            }
+            step = {**asdict(record), **of_source, "step": done + record.step}
+            progress.pruning_steps.append(step)
         progress.phase = phase.number
         if self.recovery.lora_rank:
             self.model = add_lora(self.model, self.recovery)
@@ -202,7 +208,7 @@ class Run:
             "tokens_before": phase.first_step * self.batch_tokens,
             "tokens": phase.steps * self.batch_tokens,
             "parameters": anatomy.total_parameters,
-            "widths": anatomy.widths,
+            "widths": self.history.aligned(anatomy.widths),
             "evaluation": evaluation,
             "seconds": self.clock.seconds,
         }
@@ -312,6 +318,13 @@ class Following(Listener):
 
     def on_edit(self, edit: Edit, before: Anatomy) -> None:
         self.follow(edit, before)
+
+
+def _spread(values: list[float], layers: list[int], count: int) -> list[float]:
+    """Figures of the layers that were left, under their numbers in the source model; 0 for those
+    that are gone, and none where none were measured."""
+    there = dict(zip(layers, values, strict=False))
+    return [there.get(i, 0.0) for i in range(count)] if values else []
 
 
 def _settings_of_phase(settings: PruneSettings, num_phases: int) -> PruneSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InvalidSettings
 from ..limits import (
@@ -29,7 +29,7 @@ from ..limits import (
     Temperature,
     Width,
 )
-from ..settings import explain
+from ..settings import build
 
 
 class RecoverySettings(BaseModel):
@@ -157,10 +157,7 @@ def make_recovery_settings(**values: Any) -> RecoverySettings:
     Raises:
         InvalidSettings: for a setting that has a value it cannot have, or that excludes another.
     """
-    try:
-        settings = RecoverySettings(**values)
-    except ValidationError as error:
-        raise InvalidSettings(explain(error, RecoverySettings)) from None
+    settings = build(RecoverySettings, values)
     if settings.phases is not None and settings.prune_per_phase is not None:
         raise InvalidSettings(
             f"phases and prune_per_phase: say one of them; got {settings.phases} and "

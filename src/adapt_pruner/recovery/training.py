@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..data.sampling import Batch
 from ..errors import NonFiniteError
+from ..figures import RunningMean
 from ..model.anatomy import architecture_of
 from ..score.collect import checkpointed
 from . import sharding
@@ -238,19 +239,15 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 class SpikeGuard:
     """Notices a loss that leaves its running mean by more than `limit` nats."""
 
-    def __init__(self, limit: float | None, memory: float = 0.95, warmup: int = 10):
-        self.limit, self.memory, self.warmup = limit, memory, warmup
-        self.mean, self.seen = 0.0, 0
+    def __init__(self, limit: float | None, memory: int = 20, warmup: int = 10):
+        self.limit, self.warmup, self.mean = limit, warmup, RunningMean(memory)
 
     def check(self, loss: float) -> None:
         """Raises NonFiniteError on a spike."""
-        if self.limit is not None and self.seen >= self.warmup and loss > self.mean + self.limit:
-            raise NonFiniteError(
-                f"The loss rose to {loss:.3f} from a running mean of {self.mean:.3f}"
-            )
-        weight = max(1 - self.memory, 1 / (self.seen + 1))
-        self.mean += weight * (loss - self.mean)
-        self.seen += 1
+        mean = self.mean.value
+        if self.limit is not None and self.mean.seen >= self.warmup and loss > mean + self.limit:
+            raise NonFiniteError(f"The loss rose to {loss:.3f} from a running mean of {mean:.3f}")
+        self.mean.add(loss)
 
 
 class Throughput:

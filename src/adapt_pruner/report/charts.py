@@ -209,13 +209,7 @@ def line(
         return top + plot * (last - value) / ((last - first) or 1)
 
     chart.grid(y_ticks, y_of)
-    free_from = -1.0
-    for x, label in sorted(marks):
-        place = _percent(x_of(x))
-        chart.add("line", x1=place, x2=place, y1=top, y2=top + plot, class_="cut")
-        if x_of(x) >= free_from and x_of(x) < 88:
-            chart.text(x_of(x), top - 6, label, "tick")
-            free_from = x_of(x) + 20
+    _cuts(chart, [(x_of(x), label) for x, label in sorted(marks)], top, plot)
     inner = chart.add(
         "svg", width="100%", height=chart.height, viewBox=f"0 0 1000 {chart.height}",
         preserveAspectRatio="none", aria_hidden="true",
@@ -232,6 +226,17 @@ def line(
     inside = [tick for tick in ticks(low_x, high_x, 4) if low_x <= tick <= high_x]
     chart.below([(x_of(tick), short(tick)) for tick in inside], x_title)
     return chart.markup()
+
+
+def _cuts(chart: Chart, marks: Sequence[tuple[float, str]], top: float, plot: float) -> None:
+    """Vertical lines, labelled where the label before leaves room."""
+    free_from = -1.0
+    for x, label in marks:
+        place = _percent(x)
+        chart.add("line", x1=place, x2=place, y1=top, y2=top + plot, class_="cut")
+        if free_from <= x < 88:
+            chart.text(x, top - 6, label, "tick")
+            free_from = x + 20
 
 
 def scatter(

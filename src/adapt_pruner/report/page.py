@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from .. import __version__
-from ..figures import duration, figure, short
+from ..figures import duration, figure, short, smoothed
 from . import charts
 from .facts import Extras, Facts, Row, facts_of
 from .record import Run, TrainingStep
@@ -133,22 +132,14 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
             "tokens trained on",
             [(step.tokens, step.loss) for step in run.training],
             [(phase.tokens_before, short(phase.parameters)) for phase in run.phases],
-            smooth=_running_mean(run.training),
+            smooth=_smoothed(run.training),
         )
     return drawn
 
 
-def _running_mean(steps: Sequence[TrainingStep]) -> list[tuple[float, float]]:
-    """The loss averaged over the last steps of the same phase: a cut is a jump, not a slope."""
-    means: list[tuple[float, float]] = []
-    last, phase = deque[float](maxlen=max(1, min(200, len(steps) // 40))), 0
-    for step in steps:
-        if step.phase != phase:
-            last.clear()
-            phase = step.phase
-        last.append(step.loss)
-        means.append((float(step.tokens), sum(last) / len(last)))
-    return means
+def _smoothed(steps: Sequence[TrainingStep]) -> list[tuple[float, float]]:
+    means = smoothed([step.loss for step in steps], [step.phase for step in steps])
+    return [(float(step.tokens), mean) for step, mean in zip(steps, means, strict=True)]
 
 
 def _overview(sections: Sequence[Section]) -> Markup | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..files import write_atomically
 
 if TYPE_CHECKING:
     from ..result import PruningResult
@@ -15,17 +18,23 @@ def draw_all(directory: Path, result: PruningResult) -> dict[str, str]:
     """Draw every picture as SVG and PNG. Returns the SVG files with a description of each."""
     if not result.steps:
         return {}
-    directory.mkdir()
     drawn = {"widths.svg": ("Widths of each decoder layer before and after", draw_widths(result))}
     if result.steps[0].layer_importance:
         drawn["layer_importance.svg"] = (
             "Importance of each decoder layer over the pruning steps",
             draw_layer_importance(result),
         )
-    for file, (_, figure) in drawn.items():
-        figure.savefig(directory / file, metadata={"Date": None})
-        figure.savefig((directory / file).with_suffix(".png"), dpi=150)
-    return {file: description for file, (description, _) in drawn.items()}
+    for name, (_, figure) in drawn.items():
+        save_figure(figure, directory / name)
+    return {name: description for name, (description, _) in drawn.items()}
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure as SVG to `file`, and as PNG beside it. The same figure gives the same SVG."""
+    for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix[1:], **options)
+        write_atomically(file.with_suffix(suffix), content.getvalue())
 
 
 def draw_widths(result: PruningResult) -> Any:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadingError
+from ..figures import smoothed
 from ..files import read_json
 from ..parsing import ParsingError, parse_json
-from .pictures import ACCENT, AFTER, BEFORE, make_figure
+from .pictures import ACCENT, AFTER, BEFORE, make_figure, save_figure
 
 LINE = "#57606a"
 
@@ -26,7 +27,6 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
     phases = read_json(run / "phases.json")
     if not log or not phases:
         return {}
-    pictures.mkdir(exist_ok=True)
     drawn = {
         "training.svg": (
             "Loss and parameters over the tokens trained on, with the cuts",
@@ -34,10 +34,9 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
         ),
         "phases.svg": ("MLP width of each decoder layer after each phase", draw_phases(phases)),
     }
-    for file, (_, figure) in drawn.items():
-        figure.savefig(pictures / file, metadata={"Date": None})
-        figure.savefig((pictures / file).with_suffix(".png"), dpi=150)
-    return {file: description for file, (description, _) in drawn.items()}
+    for name, (_, figure) in drawn.items():
+        save_figure(figure, pictures / name)
+    return {name: description for name, (description, _) in drawn.items()}
 
 
 def draw_loss(log: list[dict[str, Any]], phases: list[dict[str, Any]]) -> Any:
@@ -46,7 +45,9 @@ def draw_loss(log: list[dict[str, Any]], phases: list[dict[str, Any]]) -> Any:
     figure, axes = make_figure(7.5, 4.4 + 1.6 * bool(measured), 2 + bool(measured))
     tokens, losses = [line["tokens"] for line in log], [line["loss"] for line in log]
     axes[0].plot(tokens, losses, color=BEFORE, linewidth=0.8)
-    axes[0].plot(tokens, _running_mean(losses, log), color=AFTER, linewidth=1.6)
+    axes[0].plot(
+        tokens, smoothed(losses, [line["phase"] for line in log]), color=AFTER, linewidth=1.6
+    )
     axes[0].set_ylabel("loss (nats per token)")
     cuts = [phase["tokens_before"] for phase in phases]
     sizes = [phase["parameters"] for phase in phases]
@@ -88,15 +89,3 @@ def draw_phases(phases: list[dict[str, Any]]) -> Any:
     axis.set_title("MLP neurons left after each phase", loc="left", fontsize=11)
     figure.colorbar(image, pad=0.02)
     return figure
-
-
-def _running_mean(losses: list[float], log: list[dict[str, Any]]) -> list[float]:
-    """Over about a fiftieth of the run, begun anew at each cut."""
-    memory, mean, means, phase = max(5, len(losses) // 50), 0.0, [], None
-    for loss, line in zip(losses, log, strict=True):
-        if line["phase"] != phase:
-            phase, seen = line["phase"], 0
-        seen += 1
-        mean += (loss - mean) / min(seen, memory)
-        means.append(mean)
-    return means

@@ -98,8 +98,9 @@ def collect(
         while True:
             try:
                 statistics = _run(
-                    model, anatomy, windows_BT, observers, size, how.group, on_progress
-                )
+                    model, anatomy, windows_BT, observers,
+                    size=size, group=how.group, on_progress=on_progress,
+                )  # fmt: skip
                 break
             except RuntimeError as error:
                 if size == 1 or how.micro_batch_size or not should_reduce_batch_size(error):
@@ -117,7 +118,7 @@ def _first_micro_batch_size(how: Pass, windows_BT: Tensor, observers: Sequence[O
     return how.micro_batch_size or max(1, min(len(windows_BT), 2048 // windows_BT.shape[1]))
 
 
-def _run(model, anatomy, windows_BT, observers, size, group, on_progress) -> Statistics:
+def _run(model, anatomy, windows_BT, observers, *, size, group, on_progress) -> Statistics:
     backward = any(observer.needs_backward for observer in observers)
     wants_loss = any(observer.needs_loss for observer in observers)
     device = model.get_input_embeddings().weight.device

@@ -5,22 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..report.pictures import make_figure
+
 
 def draw_trials(
     directory: Path, trials: list[dict[str, Any]], dense: float, objective: str
 ) -> None:
     """Write search.svg and search.png: every trial, the best so far, and the dense model."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     done = [(t["number"], t["value"]) for t in trials if t["value"] is not None]
     stopped = [(t["number"], t["reported"][-1]) for t in trials
                if t["value"] is None and t["reported"]]  # fmt: skip
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    FigureCanvasSVG(figure)
-    axis = figure.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    figure, (axis,) = make_figure(7.5, 3.6, 1)
     if stopped:
         axis.plot(*zip(*stopped, strict=True), "x", color="#9aa5b1", label="stopped early")
     axis.plot(*zip(*done, strict=True), "o", color="#1f6feb", markersize=4, label="trial")

@@ -91,22 +91,26 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     ).memory_bytes
     if recovery.moments == "carry" and len(plans) > 1 and not _is_sharded(request, gpus):
         pruning["moments"] = memory[0]["moments"]
-    disk = 0
-    if teacher and recovery.teacher_top_k is not None:
-        top_k = min(recovery.teacher_top_k, teacher.config.vocab_size)
-        disk = stored_bytes(phases[-1].end_step * per_step, top_k)
+    tokens = phases[-1].end_step * per_step
     return AccelPlan(
         before=Size.of(anatomy),
         target=target,
         phases=plans,
-        tokens=phases[-1].end_step * per_step,
+        tokens=tokens,
         tokens_per_step=per_step,
         gpus=gpus,
         memory_bytes=memory[0],
         pruning_bytes=pruning,
-        disk_bytes=disk,
+        disk_bytes=_teacher_bytes(teacher, recovery.teacher_top_k, tokens),
         gpu_hours=hours,
     )
+
+
+def _teacher_bytes(teacher: Any, top_k: int | None, tokens: int) -> int:
+    """What the teacher's stored logits take on disk."""
+    if not teacher or top_k is None:
+        return 0
+    return stored_bytes(tokens, min(top_k, teacher.config.vocab_size))
 
 
 def _empty_teacher(request: AccelRequest, model: Any) -> Any:

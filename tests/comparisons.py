@@ -1,0 +1,9 @@
+"""Helpers of the tests of comparisons."""
+
+from __future__ import annotations
+
+from adapt_pruner.comparison.grid import Comparison
+
+
+def values(comparison: Comparison) -> list[float]:
+    return [result.scores[0].value for result in comparison.results]

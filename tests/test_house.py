@@ -1,0 +1,56 @@
+"""Sizes that keep the code readable: of files, of functions, and of calls without names."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import adapt_pruner
+
+SOURCE = Path(adapt_pruner.__file__).parent
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*SOURCE.rglob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
+
+LONGEST_FILE, LONGEST_FUNCTION = 350, 50
+MOST_POSITIONAL = 6
+
+
+def too_long(tree: ast.AST) -> list[str]:
+    """Functions of more lines than allowed; decorators do not count."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {f"{f.name} in line {f.lineno}": f.end_lineno - f.lineno + 1 for f in functions}
+    return [name for name, length in lengths.items() if length > LONGEST_FUNCTION]
+
+
+def unnamed(tree: ast.AST) -> list[str]:
+    """Calls with more positional arguments than a reader can tell apart."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        f"{ast.unparse(call.func)} in line {call.lineno}"
+        for call in calls
+        if len(call.args) > MOST_POSITIONAL
+    ]
+
+
+def test_files_are_short():
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {file.name: count for file, count in lines.items() if count > LONGEST_FILE} == {}
+
+
+@pytest.mark.parametrize("find", [too_long, unnamed])
+def test_source(find):
+    trees = {
+        file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(SOURCE.rglob("*.py"))
+    }
+    found = {str(file.relative_to(SOURCE)): find(tree) for file, tree in trees.items()}
+    assert {file: places for file, places in found.items() if places} == {}
+
+
+def test_what_is_too_long_is_found():
+    body = "\n".join(["    pass"] * LONGEST_FUNCTION)
+    assert too_long(ast.parse(f"def long():\n{body}")) == ["long in line 1"]
+    assert unnamed(ast.parse("a.b(1, 2, 3, 4, 5, 6, 7)\nc(1, 2, 3, 4, 5, *rest, d=7)")) == [
+        "a.b in line 1"
+    ]
