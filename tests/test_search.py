@@ -181,6 +181,11 @@ def test_a_space_is_made_of_lists_and_ranges():
     assert space["ridge"].grid() == pytest.approx([1e-3, 1e-2, 0.1])
 
 
+def test_a_grid_that_is_too_large_is_refused():
+    with pytest.raises(InvalidSettings, match="has 944,784 points"):
+        make_space(make_settings(method="ada-pruner"), SearchSettings(sampler="grid"), {})
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [

@@ -8,11 +8,12 @@ is held meanwhile, so that other workers lose no trial.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -37,10 +38,10 @@ class Place:
     def journal(self) -> Path:
         return self.output / STUDY / JOURNAL
 
-    def check(self, sources: Iterable[str | Path | None]) -> None:
+    def check(self, sources: Iterable[str | Path | None], overwrite: bool = False) -> None:
         """Raise WritingError now if the best model could not be written later."""
         is_search = (self.output / STUDY).is_dir()
-        check_output(self.output, overwrite=is_search)
+        check_output(self.output, overwrite=is_search or overwrite)
         check_replaceable(self.output, sources, also_ours=(STUDY,) if is_search else ())
 
     def open_study(self, sampler: Any, pruner: Any, overwrite: bool) -> Any:
@@ -73,6 +74,15 @@ class Place:
                 f"{shown(str(error))}). Name another, or repair it."
             ) from error
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        lock = FileLock(self.output.with_name(f".{self.output.name}.writing"))
+        with lock:
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held
+
     def _lock(self) -> Any:
         from optuna.storages.journal import JournalFileOpenLock
 
@@ -99,12 +109,10 @@ class Place:
         write_atomically(self.output / STUDY / POOL, save(tensors, metadata={"key": key}))
 
     def write(self, fill: Callable[[Path], None]) -> None:
-        """Let `fill` write into a directory that then takes the place of the output.
-
-        Raises:
-            WritingError: if another worker is writing its result at this moment.
-        """
+        """Let `fill` write into a directory that then takes the place of the output. Workers of the
+        study wait for each other. Raises WritingError if another run is at work there."""
         with (
+            self._turn(),
             claimed(self.output),
             ExitStack() as held,
             atomic_directory(self.output, overwrite=True) as partial,

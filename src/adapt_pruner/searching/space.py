@@ -19,6 +19,8 @@ OF_THE_POOL = {
 """Settings that decide what the samples are; all trials share them."""
 GRID_POINTS = 3
 """Values of a range that a grid tries."""
+MOST_POINTS = 100_000
+"""Of a grid, which is in memory as a whole."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[s
         raise InvalidSettings(
             "The search space is empty: give settings a range in the recipe, such as `space: "
             "{ridge: {low: 0.001, high: 0.1, log: true}}`, or take --over both."
+        )
+    points = math.prod(len(of.grid()) for of in space.values())
+    if search.sampler == "grid" and points > MOST_POINTS:
+        raise InvalidSettings(
+            f"sampler: a grid over this space has {points:,} points, more than {MOST_POINTS:,}. "
+            "Search less at once (--over, --draws), or take tpe or random."
         )
     return space
 

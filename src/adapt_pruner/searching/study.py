@@ -109,7 +109,9 @@ def run_search(
     texts = evaluation_texts(request.validation, request.settings.text_column)
     check_disjoint(request, texts)
     place = Place(output, request.search.storage)
-    place.check((request.model, request.settings.calibration, request.validation))
+    place.check(
+        (request.model, request.settings.calibration, request.validation), request.overwrite
+    )
     with _quiet(optuna):
         sampler = make_sampler(request.search, space, request.settings.seed)
         study = place.open_study(sampler, make_pruner(request.search), request.overwrite)
