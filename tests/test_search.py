@@ -262,6 +262,18 @@ def test_the_command_line_searches_any_setting_of_any_method(
     assert study["samples"] == []
 
 
+def test_a_database_holds_a_study_of_another_objective(run, tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    values = {"storage": storage, "objective": "kl", "over": "importance", "sampler": "random"}
+    found = run(trials=2, **values)
+    assert found.dense == pytest.approx(0, abs=1e-6)
+    assert 0 < found.value == pytest.approx(found.trials[found.best]["value"], rel=1e-3)
+    assert found.settings.samples == ()
+    assert not (tmp_path / "out" / "study" / "journal.log").exists()
+    with pytest.raises(InvalidSettings, match="another search: objective differ"):
+        run("other", trials=3, **{**values, "objective": "perplexity"})
+
+
 def test_overlapping_validation_text_is_refused(run, text_file):
     document = text_file.read_text().split("\n")[0]
     with pytest.raises(CalibrationError, match="overlaps with the calibration text") as caught:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidSettings
-from ..searching.request import METHOD, SearchListener, SearchRequest, SearchSettings
+from ..searching.request import ADA_PRUNER, SearchListener, SearchRequest, SearchSettings
 from ..settings import build
 from .options import (
     Count,
@@ -36,7 +36,7 @@ RECIPE_KEYS = {
 class SearchCommand(MethodCommand):
     """Takes the settings of ada-pruner unless another method is named."""
 
-    default_method = METHOD
+    default_method = ADA_PRUNER
 
 
 @click.command("search", cls=SearchCommand)
@@ -81,7 +81,7 @@ def command(
             "Name the text that trials are measured on, with --validation TEXT; it must not "
             "overlap with --calibration."
         )
-    options["method"] = options.get("method") or said.get("method") or METHOD
+    options["method"] = options.get("method") or said.get("method") or ADA_PRUNER
     preset = options.pop("preset", None)
     request = SearchRequest(
         model=named,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..limits import Length, Name, Rounds, Runs, Windows
 from ..settings import PruneSettings
 
-METHOD = "ada-pruner"
+ADA_PRUNER = "ada-pruner"
 """What is searched when no method is named."""
 
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InvalidSettings, near_match, shown
-from ..methods.ada_pruner import FACTORS
+from ..methods.ada_pruner import FACTORS, AdaPrunerSettings
 from ..settings import PruneSettings, build
-from .request import METHOD, SearchSettings
+from .request import SearchSettings
 
 OF_THE_POOL = {
     "method", "calibration", "text_column", "max_documents", "seed", "pool", "window_length",
@@ -79,10 +79,11 @@ def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[s
         InvalidSettings: if that is nothing, or a range is malformed.
     """
     space: Space = {}
-    if settings.method == METHOD and search.over in ("both", "samples"):
+    is_ours = isinstance(settings, AdaPrunerSettings)
+    if is_ours and search.over in ("both", "samples"):
         space.update({f"group {i}": Range(0.0, 1.0) for i in range(search.groups)})
         space["draw"] = Choice(tuple(range(search.draws)))
-    if settings.method == METHOD and search.over in ("both", "importance"):
+    if is_ours and search.over in ("both", "importance"):
         space.update(dict.fromkeys(("alpha_coarse", "alpha_fine"), Range(0.0, 1.0)))
         space.update({name: Choice(v) for name, v in FACTORS[settings.alignment].items()})
     space.update(parse_space(extra, settings))

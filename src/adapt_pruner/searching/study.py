@@ -33,7 +33,7 @@ from .measuring import Validation
 from .outcome import Outcome, write_outcome
 from .place import Place
 from .pool import Pool, score_pool
-from .request import METHOD, SearchListener, SearchRequest, SearchSettings
+from .request import ADA_PRUNER, SearchListener, SearchRequest, SearchSettings
 from .space import make_space
 from .trials import Bench, pool_windows
 
@@ -73,7 +73,7 @@ def search(
         model=model,
         settings=make_settings(
             settings.pop("preset", None),
-            **{"method": METHOD, "calibration": calibration, **settings},
+            **{"method": ADA_PRUNER, "calibration": calibration, **settings},
         ),
         validation=validation,
         search=build(SearchSettings, of_search),

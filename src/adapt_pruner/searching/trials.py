@@ -28,7 +28,7 @@ from ..score.collect import Pass
 from ..settings import PruneSettings
 from .measuring import Validation, can_mask, masked
 from .pool import Pool, choose, first_order, grouped
-from .request import METHOD, SearchSettings
+from .request import SearchSettings
 from .space import Space
 
 
@@ -115,7 +115,7 @@ class Bench:
 
 def pool_windows(settings: PruneSettings, calibration: CalibrationData) -> Tensor | None:
     """(P, T) of ada-pruner; other methods draw windows. Raises CalibrationError if too few."""
-    if settings.method != METHOD or not isinstance(settings, AdaPrunerSettings):
+    if not isinstance(settings, AdaPrunerSettings):
         return None
     windows_PT = sample_pool(calibration, settings.pool)
     check_enough(len(windows_PT), settings.windows, settings.window_length)
