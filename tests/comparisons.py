@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adapt_pruner.comparison.grid import Comparison
+from adapt_pruner.comparison.cells import Comparison
 
 
 def values(comparison: Comparison) -> list[float]:

@@ -6,13 +6,8 @@ import torch
 
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.score.collect import Pass, collect
-from adapt_pruner.score.observers import (
-    Fisher,
-    Gram,
-    LayerDistance,
-    UnitGradients,
-    matrices,
-)
+from adapt_pruner.score.distance import LayerDistance
+from adapt_pruner.score.observers import Fisher, Gram, UnitGradients, matrices
 from picomodels import random_tokens
 
 EVERYTHING = (Fisher, UnitGradients, Gram)

@@ -12,6 +12,7 @@ rescale exactly when heads are cut.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -158,6 +159,16 @@ def build(
 
     `overrides` replace values of its configuration. PyTorch's global random state stays as it was.
     """
+    key = (model_type, dtype, seed, repr(sorted(overrides.items())))
+    if key not in _BUILT:
+        _BUILT[key] = _build(model_type, dtype, seed, **overrides)
+    return copy.deepcopy(_BUILT[key])  # a third of the time that building takes
+
+
+_BUILT: dict[Any, PreTrainedModel] = {}
+
+
+def _build(model_type: str, dtype: torch.dtype, seed: int, **overrides: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(model_type, **{**PICO[model_type], **overrides})
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
@@ -187,3 +198,66 @@ def random_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
 def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """(B, T, V) logits, without a cache."""
     return model(input_ids=tokens_BT, use_cache=False).logits
+
+
+SINK_LAYER, MASSIVE_LAYER, MASSIVE_NEURON = 2, 1, 5
+
+
+@torch.no_grad()
+def with_massive_activation(strength: float = 3000.0, seed: int = 0) -> PreTrainedModel:
+    """A Llama of four layers that treats the first token, always 1, as large language models do.
+
+    One neuron of layer 1 answers to token 1 alone, thousands of times as strongly as any other;
+    what it writes is all that is left of that token behind a norm. The heads of layer 2 read it as
+    the key that every query likes best, and its value is nothing: an attention sink.
+    """
+    model: Any = build("llama", seed=seed, num_hidden_layers=4, mlp_bias=False)
+    marker, massive = 0, 1  # hidden dimensions
+    embedding = model.get_input_embeddings().weight
+    embedding[:, marker] = 0
+    embedding[1] = 0
+    embedding[1, marker] = 8
+    for layer in model.model.layers:
+        for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            output.weight[[marker, massive]] = 0
+        layer.self_attn.o_proj.bias[[marker, massive]] = 0
+    mlp = model.model.layers[MASSIVE_LAYER].mlp
+    for projection in (mlp.gate_proj, mlp.up_proj):
+        projection.weight[MASSIVE_NEURON] = 0
+        projection.weight[MASSIVE_NEURON, marker] = 4
+    mlp.down_proj.weight[:, MASSIVE_NEURON] = 0
+    mlp.down_proj.weight[massive, MASSIVE_NEURON] = 1
+    attention = model.model.layers[SINK_LAYER].self_attn
+    # The last pair of rotary dimensions turns so slowly that places play no part.
+    slow = attention.head_dim // 2 - 1
+    attention.q_proj.bias[slow :: attention.head_dim] = 6
+    attention.k_proj.weight[:, massive] = 0
+    attention.k_proj.weight[slow :: attention.head_dim, massive] = 0.5
+    attention.v_proj.weight[:, massive] = 0
+    attention.v_proj.bias[:] = 0
+    now = _inputs_of(mlp.down_proj, model)[0, 0, MASSIVE_NEURON]
+    mlp.up_proj.weight[MASSIVE_NEURON] *= strength / now
+    return model
+
+
+def _inputs_of(module: nn.Module, model: nn.Module) -> Tensor:
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(input_ids=starting_with_one(random_tokens()))
+    handle.remove()
+    return seen[0]
+
+
+def starting_with_one(tokens_BT: Tensor) -> Tensor:
+    tokens_BT[:, 0] = 1
+    return tokens_BT
+
+
+@torch.no_grad()
+def share_of_sink(model: Any, tokens_BT: Tensor) -> float:
+    """Mean attention of later tokens to the first one in the sink's layer."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    weights_BHTT = model(input_ids=tokens_BT, output_attentions=True).attentions[SINK_LAYER]
+    model.set_attn_implementation(before)
+    return float(weights_BHTT[:, :, 1:, 0].mean())

@@ -61,7 +61,7 @@ class TestProgram:
             assert f"--{name.replace('_', '-')}" in text
             assert field.description
             assert field.description.split()[0] in text
-        for default in ("(512)]", "(automatic)]", "(refit)]", "(0.02)]"):
+        for default in ("(256)]", "(automatic)]", "(refit)]", "(0.02)]"):
             assert f"[default: {default}" in text
 
     def test_no_arguments_show_the_help(self, cli):

@@ -12,14 +12,8 @@ from torch import nn
 
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.score.collect import Pass, collect
-from adapt_pruner.score.observers import (
-    Distance,
-    Fisher,
-    Gram,
-    LayerDistance,
-    UnitGradients,
-    normalise,
-)
+from adapt_pruner.score.distance import Distance, LayerDistance, normalise
+from adapt_pruner.score.observers import Fisher, Gram, UnitGradients
 from gathering import CUT, WINDOWS, close, observers, prunable_matrices, snapshot
 from picomodels import NUM_LAYERS, PICO, build
 

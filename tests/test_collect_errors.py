@@ -9,13 +9,8 @@ from torch import nn
 from adapt_pruner.errors import NonFiniteError
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.score.collect import collect
-from adapt_pruner.score.observers import (
-    Fisher,
-    Gram,
-    LayerDistance,
-    UnitGradients,
-    WeightGradients,
-)
+from adapt_pruner.score.distance import LayerDistance
+from adapt_pruner.score.observers import Fisher, Gram, UnitGradients, WeightGradients
 from gathering import (
     WINDOWS,
     observers,

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from adapt_pruner.comparison.grid import Cell, CellResult, Comparison, ComparisonRequest
+from adapt_pruner.comparison.cells import Cell, CellResult, Comparison, ComparisonRequest
 from adapt_pruner.comparison.picture import pareto_front
 from adapt_pruner.comparison.table import Metric, Summary, Tables, escape_latex
 from adapt_pruner.comparison.variants import VARIANTS, Variant, make_variants, parse_sweep

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(?:python|toml)\n(# (\S+)\n)?(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -35,8 +35,15 @@ def windows():
     return CalibrationData(random_tokens(20, 24), window_length=10, num_windows=4)
 
 
-CANNOT: dict[str, set[str]] = {}
+CANNOT = {
+    "slicegpt": {
+        "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox", "lfm2",
+        "nemotron", "olmo", "olmo2", "olmo3", "phi", "starcoder2",
+    },
+}  # fmt: skip
 """Method -> architectures that it refuses, in one sentence."""
+IN_WEIGHTS = ("slicegpt",)
+"""Methods whose record does not say all that they did to the structure."""
 CASES = [
     *((name, model_type) for name in BY_RUN.values() for model_type in PICO),
     *((name, "llama") for name in METHODS if name not in BY_RUN.values()),
@@ -55,10 +62,11 @@ def test_prune_save_load_generate(name, model_type, windows, tmp_path):
         assert model_type in CANNOT.get(name, ())
         return
     assert model.num_parameters() == result.after.total <= result.target < original
-    again = build(model_type, torch.float32)
-    replay(again, result.record())
-    assert again.config.to_dict() == model.config.to_dict()
-    assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
+    if name not in IN_WEIGHTS:
+        again = build(model_type, torch.float32)
+        replay(again, result.record())
+        assert again.config.to_dict() == model.config.to_dict()
+        assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
     pruned = logits_of(model, TOKENS)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

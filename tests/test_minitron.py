@@ -13,7 +13,7 @@ from adapt_pruner.errors import InvalidSettings, InvalidTarget
 from adapt_pruner.methods.minitron import ActivationNorms, calibration_loss, scores_of
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.score.collect import Pass, collect
-from adapt_pruner.score.observers import LayerDistance
+from adapt_pruner.score.distance import LayerDistance
 from picomodels import PICO, build, logits_of, random_tokens
 
 TOKENS = random_tokens(batch=6, length=12)

@@ -53,7 +53,7 @@ class TestMixture:
         assert mixture.policy == "dynamic"
 
     def test_shipped_mixture_is_table_2(self):
-        assert shipped_mixtures() == ["adapt-llm"]
+        assert shipped_mixtures() == ["adapt-llm", "alpaca"]
         mixture = read_mixture("adapt-llm")
         assert len(mixture.sources) == 9
         assert mixture.sources[0].path == "Open-Orca/OpenOrca"

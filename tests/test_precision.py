@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from adapt_pruner import CalibrationData, find_anatomy, precision
 from adapt_pruner.compensate import refit
-from adapt_pruner.score import collect, gram, importance, observers
+from adapt_pruner.score import collect, distance, gram, importance, observers
 from picomodels import build, random_tokens
 
 perplexity: Any = import_module("adapt_pruner.evaluation.perplexity")
@@ -63,7 +63,7 @@ def test_scores_and_refit(name, ridge, no_float64):
     windows = CalibrationData(random_tokens(10, 20), window_length=12, num_windows=4).draw()
     chosen, anatomy = importance.IMPORTANCES[name], find_anatomy(model)
     kinds = [kind for kind in chosen.needs if kind is not observers.Gram]
-    watching = [observers.LayerDistance(), observers.Gram(ridge), *(kind() for kind in kinds)]
+    watching = [distance.LayerDistance(), observers.Gram(ridge), *(kind() for kind in kinds)]
     axes = anatomy.of_kinds({"kv-groups", "neurons"})
     with no_float64, collect.collect(model, anatomy, windows, watching) as statistics:
         scores = {axis.key: chosen.score(axis, statistics, 0) for axis in axes}

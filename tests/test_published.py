@@ -13,7 +13,7 @@ from adapt_pruner.allocate.schedules import AdaptiveSchedule
 from adapt_pruner.errors import InvalidSettings
 from adapt_pruner.methods.adapt_pruner import with_official_heads
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.score.observers import normalise
+from adapt_pruner.score.distance import normalise
 from picomodels import build
 
 LLAMA = find_anatomy(build("llama"))  # 4 KV heads of size 8 with 2 query heads each, 96 neurons

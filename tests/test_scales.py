@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from adapt_pruner import prune
 from adapt_pruner.compensate.scales import Tuning, dense_states, tune_scales
 from adapt_pruner.data import CalibrationData
-from adapt_pruner.errors import InvalidSettings
 from adapt_pruner.model.anatomy import find_anatomy
 from picomodels import build, random_tokens
 
@@ -40,23 +39,30 @@ def test_damage_by_scales_is_undone(model_type):
             weight.mul_(0.6 + 0.8 * torch.rand(weight.shape[1], generator=generator))
     before = divergence(model, dense_BTV)
 
-    found = tune_scales(model, anatomy, WINDOWS, states_BTD, Tuning(32, 0.02))
+    tuned = tune_scales(model, anatomy, WINDOWS, states_BTD, Tuning(32, 32, 0.02))
 
-    assert len(found) == 30
+    assert len(tuned.steps) == 29
+    assert tuned.is_kept
     assert divergence(model, dense_BTV) < 0.7 * before
     assert list(model.state_dict()) == names
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_a_model_that_is_whole_stays_as_it_is():
+@pytest.mark.parametrize(
+    ("why", "how"), [("it is whole", Tuning()), ("the rate is absurd", Tuning(learning_rate=3.0))]
+)
+def test_scales_that_do_not_help_are_not_kept(why, how):
     model = build("llama").eval()
+    states_BTD = dense_states(model, WINDOWS[:16])
+    if why == "the rate is absurd":
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(0.9)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = tune_scales(
-        model, find_anatomy(model), WINDOWS[:8], dense_states(model, WINDOWS[:8]), Tuning()
-    )
-    assert max(found) == pytest.approx(0, abs=1e-6)
+    tuned = tune_scales(model, find_anatomy(model), WINDOWS[:16], states_BTD, how)
+    assert not tuned.is_kept
+    assert len(tuned.steps) == 3
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0.05, atol=0.05)
+        assert torch.equal(value, before[name])
 
 
 def test_pruning_with_tuning_predicts_more_like_the_dense_model():
@@ -71,8 +77,18 @@ def test_pruning_with_tuning_predicts_more_like_the_dense_model():
     assert found[30] < found[0]
 
 
-def test_tuning_is_refused_where_the_dense_head_cannot_serve():
-    model = build("gemma2", final_logit_softcapping=2.0)
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "cut"),
+    [("gemma2", {"final_logit_softcapping": 2.0}, "neurons"), ("llama", {}, "hidden")],
+)
+def test_tuning_is_left_out_where_the_dense_head_cannot_serve(
+    model_type, overrides, cut, monkeypatch
+):
+    def unexpected(*args, **kwargs):
+        raise AssertionError("scales were trained")
+
+    monkeypatch.setattr("adapt_pruner.methods.adapt_pruner.tune_scales", unexpected)
+    model = build(model_type, **overrides)
     calibration = CalibrationData(list(random_tokens(8, 40)), 12, 4)
-    with pytest.raises(InvalidSettings, match="tuning_steps"):
-        prune(model, sparsity=0.4, calibration=calibration, tuning_steps=3)
+    result = prune(model, sparsity=0.3, calibration=calibration, tuning_steps=3, cut=(cut,))
+    assert result.after.total <= result.target

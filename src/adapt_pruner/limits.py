@@ -1,7 +1,7 @@
 """Types of settings: every number is finite and has an upper limit that means something.
 
-A limit is far above what anybody has use for, and far below what fills a memory or overflows. NaN
-and infinity are refused by type, and true and false are no numbers.
+A limit is far above every useful value, and far below the values that fill the memory or overflow.
+NaN, infinity, true and false are not accepted as numbers.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from .methods import method_named, target_of
 from .model.anatomy import Anatomy, find_anatomy
 from .model.axes import CUTS, Axis
 from .result import Size
+from .score.collect import micro_batch_size
 from .score.observers import Fisher, Gram, Observer, matrices
 from .settings import PruneSettings
 
@@ -53,16 +54,23 @@ def make_plan(
     target = target_of(settings, anatomy, sparsity, params)
     outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)
-    memory = _memory(anatomy, settings, outline.observers, dtype)
+    memory = _memory(anatomy, settings, outline.observers, dtype, device)
     starts = [before.total, *outline.sizes[:-1]][: len(outline.sizes)]
     flops = sum(
         _step_flops(anatomy, settings, outline.observers, size / before.total) for size in starts
     )
+    # The dense model's forward pass, the head once more for its predictions, and both directions.
+    head = _config(anatomy).vocab_size * anatomy.hidden_size
+    flops += 2.0 * outline.tuned_tokens * (3 * anatomy.layer_parameters + 3 * head)
     return Plan(before, target, outline.sizes, memory, flops / _throughput(dtype, device))
 
 
 def _memory(
-    anatomy: Anatomy, settings: PruneSettings, observers: Sequence[Observer], dtype: torch.dtype
+    anatomy: Anatomy,
+    settings: PruneSettings,
+    observers: Sequence[Observer],
+    dtype: torch.dtype,
+    device: str,
 ) -> dict[str, int]:
     size, config = dtype.itemsize, _config(anatomy)
     axes = _axes(anatomy, settings)
@@ -74,9 +82,13 @@ def _memory(
         memory["squared gradients"] = prunable * (4 + size)
     if any(isinstance(observer, Gram) for observer in observers):
         memory["Gram matrices"] = sum(4 * width**2 for width in _columns(axes))
-    one_by_one = any(observer.sees_single_windows for observer in observers)
-    batch = 1 if one_by_one else settings.micro_batch_size
-    tokens = settings.window_length * (batch or max(1, 2048 // settings.window_length))
+    if any(isinstance(observer, Gram) and observer.carries for observer in observers):
+        memory["Gram matrices of earlier steps"] = memory["Gram matrices"]
+    length = settings.window_length
+    batch = micro_batch_size(
+        settings.micro_batch_size, length, torch.device(device).type, observers
+    )
+    tokens = length * min(batch, settings.windows)
     hidden = anatomy.hidden_size
     per_layer = [
         sum(3 * width for width in _columns(anatomy.of_layer(i))) + 8 * hidden

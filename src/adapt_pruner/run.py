@@ -114,7 +114,7 @@ def run_pruning_to_gguf(
     from .export.gguf_file import check_gguf_output, check_is_not_source
     from .export.quantise import file_type
 
-    file_type(quantize)  # raises now for what there is not
+    file_type(quantize)  # raises now if there is no such type
     check_is_not_source(output, request.model)
 
     def check(needed_bytes: int = 0) -> None:

@@ -113,7 +113,7 @@ def _request(
     options: dict[str, Any],
 ) -> AccelRequest:
     """What recipe and flags ask for together. A flag overrides the recipe."""
-    from ..recovery.request import TRAINING_DATA, AccelRequest
+    from ..recovery.request import DEFAULTS, AccelRequest
 
     said = read_recipe(recipe, RECIPE_KEYS, RecoverySettings) if recipe else {}
     said_of_run = {key: said.get(key) for key in RECIPE_KEYS}
@@ -141,7 +141,7 @@ def _request(
     flags = {k: bool(values.pop(k)) for k in ("portable", "trust_remote_code")}
     return AccelRequest(
         model=model,
-        settings=resolve_settings(preset, {"calibration": TRAINING_DATA}, said, options),
+        settings=resolve_settings(preset, DEFAULTS, said, options),
         recovery=make_recovery_settings(**{**from_recipe, **given}),
         report_to=trackers,
         **values,

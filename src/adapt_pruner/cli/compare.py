@@ -76,7 +76,7 @@ def command(output: Path, cache_dir: Path | None, quiet: bool, **options: Any) -
     adapt-pruner compare demo -o runs/a --methods paper --vary amplitude=0,0.02 --evaluate pydocs
 
     Settings given as options hold for all methods. What was measured is kept: the same command
-    goes on where it was interrupted, and a larger one takes over what it shares with a smaller.
+    continues an interrupted comparison, and a larger comparison uses the results of a smaller one.
     """
     from ..claims import claimed
     from ..comparison import compare
@@ -145,7 +145,7 @@ def _request(output: Path, options: dict[str, Any]) -> ComparisonRequest:
 
 
 def write(output: Path, comparison: Comparison, pictures: bool = False) -> None:
-    """Write what there is so far."""
+    """Write the results so far."""
     from ..comparison.picture import draw
     from ..comparison.table import Tables
     from ..files import write_atomically, write_json_atomically

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on, and at its end."""
+"""What the user sees during a run, and at its end."""
 
 from __future__ import annotations
 

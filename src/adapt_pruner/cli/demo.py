@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..limits import Seed
+from ..limits import Seed, Windows
 from .parameters import Number
 
 PROMPT = "The for statement is used to"
@@ -20,34 +20,47 @@ PROMPT = "The for statement is used to"
 )  # fmt: skip
 @click.option("--sparsity", type=float, default=0.3, show_default=True, help="Share to remove.")
 @click.option("--seed", type=Number(Seed), default=0, show_default=True, help="Seed of the run.")
-def command(output: Path, sparsity: float, seed: int) -> None:
-    """Prune the small model that ships with the package. Needs no hub and no GPU."""
+@click.option(
+    "--model", default="demo", show_default=True,
+    help="Another model: a name on the hub, a directory or a GGUF file.",
+)  # fmt: skip
+@click.option(
+    "--text", default="pydocs", show_default=True,
+    help="Text to measure perplexity on, before and after.",
+)  # fmt: skip
+@click.option("--windows", type=Number(Windows), help="Calibration windows per step.")
+def command(
+    output: Path, sparsity: float, seed: int, model: str, text: str, windows: int | None
+) -> None:
+    """Prune the small model that ships with the package, or another. Needs no hub and no GPU."""
+    from rich.markup import escape
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..allocate.target import resolve_target
+    from ..data.calibration import EMBEDDED
     from ..evaluation import compare_speed
     from ..methods import make_settings
     from ..model.anatomy import find_anatomy
     from ..model.loading import EMBEDDED_MODEL, empty_model, load_model
     from ..result import PRUNING_FILE
-    from ..run import Request, default_calibration, run_pruning
+    from ..run import Request, run_pruning
     from . import console
 
     console.hush_libraries()
     out = console.out
-    resolve_target(
-        find_anatomy(empty_model(EMBEDDED_MODEL)), sparsity, None
-    )  # before the first word
-    out.print(f"[bold]1. Prune[/] the embedded model: {sparsity:.0%} of its decoder layers go")
-    settings = make_settings("best", seed=seed, **default_calibration(EMBEDDED_MODEL))
+    resolve_target(find_anatomy(empty_model(model)), sparsity, None)  # before the first word
+    what = "the embedded model" if model == EMBEDDED_MODEL else Path(model).name
+    out.print(f"[bold]1. Prune[/] {what}: {sparsity:.0%} of its decoder layers go")
+    few = {} if windows is None else {"windows": windows}
+    settings = make_settings("best", seed=seed, calibration=EMBEDDED, **few)
     again = (output / PRUNING_FILE).is_file()  # replaces results, and nothing else
-    request = Request(EMBEDDED_MODEL, settings, sparsity, evaluate="pydocs", overwrite=again)
+    request = Request(model, settings, sparsity, evaluate=text, overwrite=again)
     with console.ProgressBar(quiet=False) as bar:
         result = run_pruning(request, output, bar)
     console.show_result(result)
 
     out.print(f"\n[bold]2. Reload[/] {output} with plain transformers, and compare speed")
-    dense = load_model(EMBEDDED_MODEL, device="cpu")
+    dense = load_model(model, device="cpu")
     pruned = AutoModelForCausalLM.from_pretrained(output).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
     before, after = compare_speed([dense, pruned])
@@ -60,9 +73,9 @@ def command(output: Path, sparsity: float, seed: int) -> None:
     out.print(f"\n[bold]3. Generate[/] from '{PROMPT}'")
     inputs = tokenizer(PROMPT, return_tensors="pt")
     models: dict[str, Any] = {"dense": dense, "pruned": pruned}
-    for name, model in models.items():
-        ids = model.generate(**inputs, max_new_tokens=40)
-        text = tokenizer.decode(ids[0], skip_special_tokens=True)
-        out.print(f"[bold]{name:7}[/]{' '.join(text.split())}", soft_wrap=True)
+    for name, one in models.items():
+        ids = one.generate(**inputs, max_new_tokens=40, do_sample=False)
+        words = tokenizer.decode(ids[0], skip_special_tokens=True).split()
+        out.print(f"[bold]{name:7}[/]{escape(' '.join(words))}", soft_wrap=True)
     out.print(f"\nThe model, its card, run.json and pictures are in [bold]{output}[/]; ", end="")
     out.print("report.html shows it all")

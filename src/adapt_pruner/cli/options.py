@@ -232,7 +232,8 @@ def resolve_settings(
     known = set(method.settings.model_fields) if of_another else settings_fields()
     from_recipe = {k: v for k, v in recipe.items() if k in known and k not in of_presets}
     chosen = preset or (None if of_another else recipe.get("preset"))
-    return make_settings(chosen, **{**defaults, **from_recipe, **given})
+    own = {k: v for k, v in defaults.items() if k in method.settings.model_fields}
+    return make_settings(chosen, **{**own, **from_recipe, **given})
 
 
 _RUN_OPTIONS = (

@@ -108,7 +108,7 @@ def make_variants(
 
     Args:
         names: of `methods`; empty: all of them.
-        overrides: settings that hold for all of them; a sweep's values go before.
+        overrides: settings that hold for all of them; a sweep's values override them.
 
     Raises:
         InvalidSettings: for an unknown method, setting or value.

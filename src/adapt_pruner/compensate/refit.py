@@ -7,27 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model.axes import Axis, AxisKey, Slot
-from ..model.edits import Keep, entries_of
+from ..model.axes import Axis
+from ..model.edits import Keep
 from ..precision import in_float64
 from ..score.gram import InverseGram, factorise
-from ..score.observers import Gram
+from ..score.observers import Gram, kept_columns
 
 
 def refit_outputs(axes: Sequence[Axis], keep: Keep, gram: Gram) -> None:
     """Refit every output projection that is about to lose columns. Mutates the weights; the columns
     that go are left as they are: cut afterwards."""
-    outputs: dict[AxisKey, tuple[Slot, Tensor]] = {}
-    for axis in axes:
-        if axis.output is not None and axis.key in keep:
-            width = axis.output.tensor.shape[1]
-            slot, kept_C = outputs.get(
-                axis.projection, (axis.output, torch.ones(width, dtype=torch.bool))
-            )
-            kept_C[entries_of(axis.output.index_UK, ~keep[axis.key])] = False
-            outputs[axis.projection] = slot, kept_C
-    for projection, (slot, kept_C) in outputs.items():
-        refit_output(slot.tensor, kept_C, gram.inverse(projection))
+    slots = {axis.projection: axis.output for axis in axes if axis.output is not None}
+    for projection, kept_C in kept_columns(axes, keep).items():
+        refit_output(slots[projection].tensor, kept_C, gram.inverse(projection))
 
 
 @torch.no_grad()

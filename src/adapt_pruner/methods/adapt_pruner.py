@@ -19,36 +19,37 @@ from ..compensate.refit import refit_outputs
 from ..compensate.scales import Tuning, dense_states, tune_scales
 from ..data import CalibrationData
 from ..errors import InvalidSettings
-from ..limits import Amplitude, Rank, Ridge, Rounds
+from ..limits import Amplitude, Rank, Ridge, Rounds, Share
 from ..model.anatomy import Anatomy, find_anatomy
-from ..model.axes import CUTS, HIDDEN, KV_GROUPS, LAYERS, SUBLAYERS, Axis, Slot
+from ..model.axes import (
+    CUTS,
+    HIDDEN,
+    KV_GROUPS,
+    LAYERS,
+    NEURONS,
+    SUBLAYERS,
+    Axis,
+    Slot,
+)
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect, prepared
+from ..score.distance import Distance, LayerDistance, normalise
 from ..score.head import plain_head
 from ..score.importance import IMPORTANCES
-from ..score.observers import (
-    Distance,
-    Fisher,
-    Gram,
-    LayerDistance,
-    Observer,
-    WeightGradients,
-    normalise,
-)
-from ..settings import ImportanceName, PruneSettings
+from ..score.observers import Fisher, Gram, Observer, WeightGradients
+from ..settings import ImportanceName, PruneSettings, with_defaults
 from .base import Method, Outline, PruningStep, Work, limits_of
 
 CAN_CUT = frozenset(CUTS)
+WIDTHS = frozenset({KV_GROUPS, NEURONS})
+"""Cuts after which every layer is still there, and says the same to those that stay."""
 TUNING_WINDOW = 256
 """Tokens per window that scales are trained on."""
 
 
-class AdaptPrunerSettings(PruneSettings):
+class AdaptPrunerSettings(with_defaults(PruneSettings, "adapt-pruner", windows=256)):
     """Settings of Adapt-Pruner. The defaults are the preset `best`."""
 
-    method: Annotated[Literal["adapt-pruner"], Field(description="Pruning method.")] = (
-        "adapt-pruner"
-    )
     importance: Annotated[
         ImportanceName,
         Field(description="Score of a unit: how much worse the model gets without it."),
@@ -77,21 +78,30 @@ class AdaptPrunerSettings(PruneSettings):
             description="Strength of the refit's pull to the present weights; residual-fisher "
             "scores assume the same.",
         ),
-    ] = 0.01
+    ] = 0.1
+    carry: Annotated[
+        Share,
+        Field(
+            description="What statistics of earlier steps count beside those of the present one; "
+            "1: every refit sees the tokens of all steps so far."
+        ),
+    ] = 1.0
     tuning_steps: Annotated[
         Rank,
         Field(
             description="Steps that train scales of rows and columns on the dense model's "
-            "predictions when a target is met; they are folded into the weights. 0: none.",
+            "predictions when a target is met; they are folded into the weights if they help on "
+            "other windows. 0: none; nor are there any if the hidden size is cut or logits are "
+            "softcapped.",
         ),
-    ] = 0
+    ] = 24
     steps: Annotated[
         Rounds,
         Field(
             description="Rounds of scoring and cutting; with --allocation adaptive the rounds from "
             "sparsity 0 to 1, of which a smaller sparsity needs only its share.",
         ),
-    ] = 10
+    ] = 5
     amplitude: Annotated[
         Amplitude,
         Field(description="Amplitude A of eq. 6, per step (--allocation adaptive)."),
@@ -107,6 +117,8 @@ PRESETS = {
         "importance": "taylor",
         "allocation": "adaptive",
         "compensation": "none",
+        "carry": 0.0,
+        "tuning_steps": 0,
         "steps": 50,
         "amplitude": 0.02,
         "distance": "cosine",
@@ -126,6 +138,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
     scored = with_official_heads if settings.kv_scores == "official" else _as_it_is
     schedule = _schedule(settings, anatomy, work.targets, limits)
     lesson = _lesson(work, settings.tuning_steps, limits)
+    observers = _observers(settings)
     step = 0
     for target in work.targets:
         done = anatomy.total_parameters <= target
@@ -138,7 +151,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
             axes = limits.axes(anatomy)
 
             with collect(
-                work.model, anatomy, windows_BT, _observers(settings), axes=axes, how=how,
+                work.model, anatomy, windows_BT, observers, axes=axes, how=how,
                 on_progress=work.progress_of(len(windows_BT)),
             ) as statistics:  # fmt: skip
                 collected = time.perf_counter()
@@ -151,9 +164,14 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                 keep, done = work.decide((removal.keep_masks(scores), done))
                 if settings.compensation == "refit":
                     refit_outputs(axes, keep, statistics[Gram])
+                is_last = done and target == work.targets[-1]
+                for observer in observers:
+                    observer.carry(
+                        keep if limits.kinds <= WIDTHS and not is_last else None, settings.carry
+                    )
                 anatomy = work.apply(Cut(keep))
             if done and lesson is not None:
-                tune_scales(work.model, anatomy, *lesson)
+                tune_scales(work.model, anatomy, *lesson, group=work.group)
             distance = statistics[LayerDistance].distance
             made = PruningStep(
                 step=step,
@@ -207,15 +225,11 @@ def _lesson(work: Work, steps: int, limits: Limits) -> tuple[Tensor, Tensor] | N
     documents = work.calibration.documents
     # Longer than those of the scores, as far as the text allows; step -1 is drawn by no other.
     length = min(TUNING_WINDOW, max(map(len, documents)))
-    number = steps * Tuning.windows_per_step
+    number = steps * Tuning.windows_per_step + Tuning.judging_windows
     windows_BT = CalibrationData(documents, length, number, work.calibration.seed).draw(-1)
     with prepared(work.model, find_anatomy(work.model), [], [], False):
         if HIDDEN in limits.kinds or plain_head(work.model) is None:
-            raise InvalidSettings(
-                "tuning_steps: the dense model's head must serve the pruned model, and nothing may "
-                f"change its logits afterwards (softcapping, a cut hidden size); got {steps}. "
-                "Take 0."
-            )
+            return None  # what the head makes of stored states is not what the model predicts
         return windows_BT, dense_states(work.model, windows_BT)
 
 
@@ -223,7 +237,8 @@ def _observers(settings: AdaptPrunerSettings) -> list[Observer]:
     kinds = list(IMPORTANCES[settings.importance].needs)
     if settings.compensation == "refit" and Gram not in kinds:
         kinds.append(Gram)
-    made = [Gram(settings.ridge) if kind is Gram else kind() for kind in kinds]
+    gram = Gram(settings.ridge, carries=settings.carry > 0 and settings.steps > 1)
+    made = [gram if kind is Gram else kind() for kind in kinds]
     return [LayerDistance(settings.distance), *made]
 
 
@@ -281,7 +296,8 @@ def outline(settings: AdaptPrunerSettings, anatomy: Anatomy, target: int) -> Out
         ]
     elif removed:
         sizes = sizes_after_steps(anatomy, target, settings.steps)
-    return Outline(sizes, _observers(settings))
+    tuned = settings.tuning_steps * Tuning.windows_per_step * TUNING_WINDOW
+    return Outline(sizes, _observers(settings), tuned if removed else 0)
 
 
 METHOD = Method(

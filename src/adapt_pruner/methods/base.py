@@ -86,6 +86,8 @@ class Outline:
     """Parameters of the whole model after each step."""
     observers: list[Observer] = field(default_factory=list)
     """Of every step."""
+    tuned_tokens: int = 0
+    """That the model is run over forward and backward after the last step."""
 
 
 def _no_size(settings: PruneSettings, anatomy: Anatomy) -> int | None:

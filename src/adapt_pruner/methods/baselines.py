@@ -6,7 +6,7 @@ from ..settings import with_defaults
 from .adapt_pruner import CAN_CUT, PRESETS, AdaptPrunerSettings, adapt_pruner, outline
 from .base import Method
 
-ALIKE = {"allocation": "adaptive", "amplitude": 0.0, "compensation": "none"}
+ALIKE = {"allocation": "adaptive", "amplitude": 0.0, "compensation": "none", "tuning_steps": 0}
 """Adapt-Pruner with every layer alike, and nothing to make up for what goes."""
 
 

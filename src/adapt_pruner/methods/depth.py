@@ -23,7 +23,8 @@ from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import ATTENTION, LAYERS, MLP, Axis, AxisKey, Site
 from ..model.edits import Cut
 from ..score.collect import collect
-from ..score.observers import Distance, LayerDistance, Loss, Observer, normalise, watch
+from ..score.distance import Distance, LayerDistance, normalise
+from ..score.observers import Loss, Observer, watch
 from ..settings import PruneSettings, with_defaults
 from .base import Method, Outline, PruningStep, Work, limits_of
 

@@ -27,7 +27,8 @@ from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, HIDDEN, LAYERS, Axis, AxisKey
 from ..model.edits import Cut, Keep
 from ..score.collect import collect
-from ..score.observers import LayerDistance, Observer, normalise, projections, watch
+from ..score.distance import LayerDistance, normalise
+from ..score.observers import Observer, projections, watch
 from ..settings import CutName, PruneSettings
 from .base import Method, Outline, PruningStep, Work
 

@@ -17,7 +17,7 @@ from .finish import write_result
 from .launch import make_accelerator, start_trackers
 from .materials import gather
 from .request import (
-    TRAINING_DATA,
+    DEFAULTS,
     AccelListener,
     AccelOutcome,
     AccelRequest,
@@ -66,8 +66,8 @@ def accel(
         if whole is not None and single:
             raise InvalidSettings(f"Give `{name}` or single ones, not both; got {sorted(single)}.")
     settings = settings or make_settings(preset, **{name: options[name] for name in of_pruning})
-    if "calibration" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"calibration": TRAINING_DATA})
+    unsaid = DEFAULTS.keys() & type(settings).model_fields.keys() - settings.model_fields_set
+    settings = settings.model_copy(update={name: DEFAULTS[name] for name in unsaid})
     request = AccelRequest(
         model=model,
         data=data,

@@ -12,7 +12,7 @@ from .run import Run
 
 
 def reason_to_stop(run: Run) -> str:
-    """Why the run stops although a phase is left; an empty string if it goes on."""
+    """Why the run stops although a phase is left; an empty string if it continues."""
     request, done = run.request, len(run.progress.phases)
     if run.is_out_of_time():
         return (

@@ -131,7 +131,7 @@ def _training_memory(
     """Weights, gradients and two moments in float32, or what `dtype` says; FSDP2 divides them.
 
     FSDP2 gathers weights to compute with, and their gradients before these are summed: of two
-    layers, as the next one comes while one computes, and of embeddings and output layer all along.
+    layers, because the next one arrives while one computes, and always of embeddings and head.
     DDP has buckets as large as the gradients, and autocast casts all weights.
     Activations per layer and token: about 16 values of the hidden size and 3 of the MLP's, of 2
     bytes; with gradient checkpointing one value of the hidden size, and one layer's whole. Logits

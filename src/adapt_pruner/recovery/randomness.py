@@ -19,7 +19,7 @@ _STRIDE = 982_451_653
 
 
 def seed_process(seed: int, group: ProcessGroup | None) -> None:
-    """Seed a process other than the first, which goes on as it was seeded when the phase began."""
+    """Seed all processes but the first, which keeps the seed that it had when the phase began."""
     rank, _ = share_of(group)
     if rank:
         torch.manual_seed(seed + rank * _STRIDE)

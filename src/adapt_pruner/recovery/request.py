@@ -18,6 +18,8 @@ from .settings import RecoverySettings
 
 TRAINING_DATA = "training data"
 """As `calibration`: windows of what the run trains on."""
+DEFAULTS = {"calibration": TRAINING_DATA, "tuning_steps": 0}
+"""Settings of pruning that have another default where training follows."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class AccelRequest:
 
     overwrite: bool = False
     stop_after: int | None = None
-    """Phases after which to stop; the same request without it goes on."""
+    """Phases after which to stop; the same request without it continues."""
     max_hours: float | None = None
-    """Of this call; the same request goes on."""
+    """Of this call; the same request continues."""
     max_loss: float | None = None
     """Stop when the loss on the evaluation text is above it at the end of a phase, in nats."""
     save_steps: int = 500

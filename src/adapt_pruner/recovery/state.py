@@ -1,4 +1,4 @@
-"""The state of a run on disk, from which it goes on after a kill as if nothing had happened.
+"""The state of a run on disk, from which it continues after a kill as if nothing had happened.
 
     DIR/run.yaml                     what was asked for; a resume must ask for the same
     DIR/training.jsonl               one line per optimizer step
@@ -9,7 +9,7 @@ A checkpoint directory appears whole or not at all, and older ones go once the d
 of the end of a phase is an ordinary model directory, so an unfinished run can be looked at, too.
 
 A run that is to replace what DIR holds works in a hidden directory beside it, `.DIR.replacing`, and
-takes its place when the result is whole. The same command goes on with it after a kill.
+takes its place when the result is whole. After a kill, the same command continues it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class RunDirectory:
         ]
 
     def check(self, sources: Iterable[str | Path | None] = ()) -> None:
-        """Look whether a run can begin or go on here.
+        """Check whether a run can start or continue here.
 
         Args:
             sources: names of what the run reads, which it must not replace.

@@ -21,7 +21,7 @@ CHARTS = ("budget", "neurons", "groups", "training", "importance", "loss")
 
 
 HEADLINE = ("parameters", "perplexity", "decode tokens/s", "weights", "KV cache per token")
-"""Rows that stand large at the top, the first four that there are."""
+"""Figures that the page shows large at its top: the first four of these that the run has."""
 
 
 @dataclass

@@ -30,6 +30,11 @@ from ..processes import add_up, share_of
 from .head import cross_entropy, hidden_states, plain_head, through_head, value_through_head
 from .observers import Observer, matrices
 
+MICRO_BATCH_TOKENS = {"cpu": 512}
+"""Tokens of a micro-batch to begin with, by type of device. A CPU gains little by more: on a model
+of 135M parameters 2,048 tokens save 7 % of the time and take 1.5 times the memory."""
+ELSEWHERE = 2048
+
 SomeObserver = TypeVar("SomeObserver", bound=Observer)
 
 
@@ -38,8 +43,8 @@ class Pass:
     """How to run the passes over calibration windows."""
 
     micro_batch_size: int | None = None
-    """Windows per forward pass. None starts at about 2048 tokens and halves when memory runs out;
-    the size found is kept for later passes."""
+    """Windows per forward pass. None starts at `MICRO_BATCH_TOKENS` and halves when memory is
+    short; the size found is kept for later passes."""
     gradient_checkpointing: bool = False
     """Keep only the residual stream between layers for the backward pass and recompute the rest."""
     group: Any = None
@@ -90,11 +95,13 @@ def collect(
     how = how or Pass()
     axes = anatomy.of_kinds({"kv-groups", "neurons"}) if axes is None else axes
     backward = any(observer.needs_backward for observer in observers)
+    device = model.get_input_embeddings().weight.device
     for observer in observers:
         observer.anatomy, observer.axes = anatomy, axes
         observer.is_active = lambda: torch.is_grad_enabled() or not backward
     with prepared(model, anatomy, observers, axes, how.gradient_checkpointing):
-        size = _first_micro_batch_size(how, windows_BT, observers)
+        length, asked = windows_BT.shape[1], how.micro_batch_size
+        size = min(len(windows_BT), micro_batch_size(asked, length, device.type, observers))
         while True:
             try:
                 statistics = _run(
@@ -112,10 +119,13 @@ def collect(
         yield statistics
 
 
-def _first_micro_batch_size(how: Pass, windows_BT: Tensor, observers: Sequence[Observer]) -> int:
+def micro_batch_size(
+    asked: int | None, window_length: int, device_type: str, observers: Sequence[Observer]
+) -> int:
+    """Windows per forward pass to begin with."""
     if any(observer.sees_single_windows for observer in observers):
         return 1
-    return how.micro_batch_size or max(1, min(len(windows_BT), 2048 // windows_BT.shape[1]))
+    return asked or max(1, MICRO_BATCH_TOKENS.get(device_type, ELSEWHERE) // window_length)
 
 
 def _run(model, anatomy, windows_BT, observers, *, size, group, on_progress) -> Statistics:

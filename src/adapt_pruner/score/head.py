@@ -9,6 +9,7 @@ Shapes: B windows, T tokens, N tokens of a chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,10 @@ def plain_head(model: Any) -> nn.Module | None:
         return None
     device = model.get_input_embeddings().weight.device
     tokens_BT = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
-    same_BTV = head(hidden_states(model, tokens_BT))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # checkpointing
+        logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+        same_BTV = head(hidden_states(model, tokens_BT))
     return head if torch.equal(logits_BTV, same_BTV) else None
 
 

@@ -71,6 +71,10 @@ def activation_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tens
     return statistics[UnitGradients].squared[axis.key]
 
 
+MASSIVE = 32
+"""Times the mean energy of a projection's inputs; no more than one unit in 32 can have it."""
+
+
 def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
     """`activation_fisher` times the share of the unit's activation that the projection's other
     units cannot reproduce linearly: what is lost although the others are refitted. Axes that
@@ -79,6 +83,10 @@ def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor
     With H = X^T X + ridge, as in the refit, that share is 1 / (H_jj (H^-1)_jj) for a unit of one
     column; for one of several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace
     of H_jj.
+
+    Gradients are blind for a massive activation (arXiv:2402.17762): all later layers read it
+    through a norm, which makes as much of half of it, so that a gate on its unit seems to do
+    nothing. A unit with `MASSIVE` times the mean energy is as dear as its whole axis.
     """
     if axis.output is None:
         return activation_fisher(axis, statistics)
@@ -95,7 +103,9 @@ def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor
             .sum(dim=1)
         )
     share_U = (residual_U / total_U.to(residual_U.device)).float()
-    return activation_fisher(axis, statistics) * share_U.to(total_U.device)
+    score_U = activation_fisher(axis, statistics) * share_U.to(total_U.device)
+    energy_U = total_U / shape[1] - statistics[Gram].ridge  # relative to the mean of the columns
+    return score_U + score_U.sum() * (energy_U > MASSIVE).to(score_U)
 
 
 def random(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:

@@ -9,19 +9,16 @@ Shapes: B windows, T tokens, D hidden size, U units of an axis, K columns per un
 
 from __future__ import annotations
 
-import math
 from abc import ABC
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey, Site
-from ..precision import in_float64
+from ..model.edits import Keep, entries_of
 from .gram import InverseGram, add_to_gram, invert_gram, mirror
 
 
@@ -63,73 +60,9 @@ class Observer(ABC):
         """What has to be finite, with what it is called in a message."""
         return ()
 
-
-class Distance(str, Enum):
-    """How far a decoder layer moves the residual stream (Adapt-Pruner, eq. 3)."""
-
-    COSINE = "cosine"
-    EUCLIDEAN = "euclidean"
-    MANHATTAN = "manhattan"
-
-    def between(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
-        """Mean over tokens, float64 scalar, higher = the layer changes its input more."""
-        x_BTD, y_BTD = x_BTD.float(), y_BTD.float()
-        if self is Distance.COSINE:
-            per_token = -F.cosine_similarity(x_BTD, y_BTD, dim=-1)
-        else:
-            order = 2 if self is Distance.EUCLIDEAN else 1
-            per_token = torch.linalg.vector_norm(y_BTD - x_BTD, ord=order, dim=-1)
-        return in_float64(per_token).mean()
-
-
-class LayerDistance(Observer):
-    """How far each decoder layer moves its input. The result is `distance`, a float per layer."""
-
-    def __init__(self, metric: Distance = Distance.COSINE):
-        self.metric = metric
-
-    def attach(self) -> Iterator[Any]:
-        self.distance: list[float] = []
-        self.found: list[list[Tensor]] = [[] for _ in self.anatomy.layers]
-        for i, layer in enumerate(self.anatomy.layers):
-            yield layer.register_forward_hook(self._on_layer(i), with_kwargs=True)
-
-    def _on_layer(self, i: int):
-        def hook(module, args, kwargs, output):
-            if self.is_active():
-                x_BTD = (args[0] if args else kwargs["hidden_states"]).detach()
-                y_BTD = (output[0] if isinstance(output, tuple) else output).detach()
-                if hasattr(module, "carry"):  # a sliced layer puts out another basis
-                    x_BTD = module.carry(x_BTD).detach()
-                distance = self.metric.between(x_BTD, y_BTD.to(x_BTD.device))
-                self.found[i].append(distance * len(x_BTD))
-
-        return hook
-
-    def sums(self) -> Iterable[Tensor]:
-        self.found = [[torch.stack(layer).sum()] for layer in self.found]
-        return [distance for (distance,) in self.found]
-
-    def finish(self, num_windows: int) -> None:
-        self.distance = [
-            math.fsum(distance.item() for distance in layer) / num_windows for layer in self.found
-        ]
-
-    def values(self):
-        for i, distance in enumerate(self.distance):
-            yield f"the output of decoder layer {i}", distance
-
-
-def normalise(distances: Sequence[float], without: Collection[int] = ()) -> list[float]:
-    """Layer importance: distances shifted to mean 0 and scaled to max |.| 1 (eq. 4 and 5), over the
-    layers that may be cut; those `without` get 0."""
-    among = [d for i, d in enumerate(distances) if i not in without] or list(distances)
-    mean = math.fsum(among) / len(among)
-    largest = max(abs(distance - mean) for distance in among)
-    return [
-        (distance - mean) / largest if largest > 0 and i not in without else 0.0
-        for i, distance in enumerate(distances)
-    ]
+    def carry(self, keep: Keep | None, share: float) -> None:  # noqa: B027  (most carry nothing)
+        """Let go of the last pass. If `keep` says what stays of each axis, `share` of what was
+        found about it counts in the next pass; with None, nothing does."""
 
 
 class Loss(Observer):
@@ -146,6 +79,9 @@ class UnitGradients(Observer):
     """
 
     needs_backward = True
+
+    def __init__(self) -> None:
+        self._before: tuple[float, dict[AxisKey, Tensor], dict[AxisKey, Tensor]] = 0.0, {}, {}
 
     def attach(self) -> Iterator[Any]:
         self.absolute: dict[AxisKey, Tensor] = {}
@@ -190,8 +126,22 @@ class UnitGradients(Observer):
         return [*self.absolute.values(), *self.squared.values()]
 
     def finish(self, num_windows: int) -> None:
-        for value in self.sums():
-            value.div_(num_windows)
+        windows_before, *before = self._before
+        self.windows = num_windows + windows_before
+        for now, earlier in zip((self.absolute, self.squared), before, strict=True):
+            for key, value in now.items():
+                if windows_before:
+                    value.add_(earlier[key], alpha=windows_before)
+                value.div_(self.windows)
+
+    def carry(self, keep: Keep | None, share: float) -> None:
+        self._before = 0.0, {}, {}
+        if keep is not None and share:
+            found = (
+                {key: v[keep[key].to(v.device)] if key in keep else v for key, v in table.items()}
+                for table in (self.absolute, self.squared)
+            )
+            self._before = self.windows * share, *found
 
     def values(self):
         for key, value in self.absolute.items():
@@ -201,9 +151,12 @@ class UnitGradients(Observer):
 class Gram(Observer):
     """X^T X of the inputs X of every output projection that an axis has units in."""
 
-    def __init__(self, ridge: float = 0.01):
+    def __init__(self, ridge: float = 0.01, carries: bool = False):
         self.ridge = ridge
         """Added to the diagonal before a matrix is inverted, relative to its mean."""
+        self.carries = carries
+        """Whether to hold on to the matrices for `carry`, in the machine's own memory."""
+        self._before: dict[AxisKey, Tensor] = {}
 
     def attach(self) -> Iterator[Any]:
         self.matrix: dict[AxisKey, Tensor] = {}
@@ -226,8 +179,22 @@ class Gram(Observer):
         return self.matrix.values()
 
     def finish(self, num_windows: int) -> None:
-        for matrix_CC in self.matrix.values():
+        for key, matrix_CC in self.matrix.items():
             mirror(matrix_CC)
+            if key in self._before:
+                matrix_CC.add_(self._before.pop(key).to(matrix_CC.device))
+        self._before.clear()
+        if self.carries:
+            self._before = {key: matrix.to("cpu", copy=True) for key, matrix in self.matrix.items()}
+
+    def carry(self, keep: Keep | None, share: float) -> None:
+        self._inverses.clear()
+        if keep is None or not share:
+            self._before.clear()
+        for key, kept_C in kept_columns(self.axes, keep or {}).items():
+            if key in self._before:
+                matrix_CC = self._before[key][kept_C][:, kept_C]
+                self._before[key] = matrix_CC.mul_(share)
 
     def values(self):
         for (layer, path), matrix_CC in self.matrix.items():
@@ -317,6 +284,17 @@ def matrices(axes: Iterable[Axis]) -> list[nn.Parameter]:
     """The matrices that units are cut from, each once."""
     slots = (slot for axis in axes for slot in axis.slots)
     return list(dict.fromkeys(slot.tensor for slot in slots if slot.tensor.dim() == 2))
+
+
+def kept_columns(axes: Iterable[Axis], keep: Keep) -> dict[AxisKey, Tensor]:
+    """(C,) bool for each output projection that units of axes go from: which columns stay."""
+    kept: dict[AxisKey, Tensor] = {}
+    for axis in axes:
+        if axis.output is not None and axis.key in keep:
+            width = axis.output.tensor.shape[1]
+            kept_C = kept.setdefault(axis.projection, torch.ones(width, dtype=torch.bool))
+            kept_C[entries_of(axis.output.index_UK, ~keep[axis.key])] = False
+    return kept
 
 
 def add_to(table: dict, key, value: Tensor) -> None:
