@@ -27,11 +27,11 @@ from adapt_pruner.model.edits import AddBias, Cut
 from adapt_pruner.model.layers import LayerConfig, layer_config
 from adapt_pruner.model.older_readers import add_old_keys, old_rope_keys, tidy_tokenizer
 from adapt_pruner.report import pictures
+from checkpoints import Reading
 from conftest import character_tokenizer
 from picomodels import build, logits_of
 from picomodels import random_tokens as tokens
 from reload_checkpoints import outputs
-from test_checkpoint import Reading
 
 OLD_PYTHON = os.environ.get("ADAPT_PRUNER_OLD_PYTHON")
 """A Python with transformers 4.57; without it, what that version reads is tested by its keys."""

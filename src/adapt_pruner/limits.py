@@ -63,7 +63,7 @@ PartBelowOne = Annotated[float, Gt(0), Lt(1), _finite, _number]
 Amplitude = Annotated[float, Ge(0), Le(1_000), _finite, _number]
 Ridge = Annotated[float, Ge(1e-12), Le(1e6), _finite, _number]
 """Relative to the mean of a diagonal."""
-LearningRate = Annotated[float, Ge(1e-12), Le(10), _finite, _number]
+LearningRate = Annotated[float, Gt(0), Le(10), _finite, _number]
 LearningRateOrZero = Annotated[float, Ge(0), Le(10), _finite, _number]
 Decay = Annotated[float, Ge(0), Le(100), _finite, _number]
 Norm = Annotated[float, Ge(1e-9), Le(1e9), _finite, _number]

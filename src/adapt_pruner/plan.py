@@ -82,7 +82,8 @@ def _memory(
         memory["squared gradients"] = prunable * (4 + size)
     if any(isinstance(observer, Gram) for observer in observers):
         memory["Gram matrices"] = sum(4 * width**2 for width in _columns(axes))
-    if any(isinstance(observer, Gram) and observer.carries for observer in observers):
+    carries = any(isinstance(observer, Gram) and observer.carries for observer in observers)
+    if carries and torch.device(device).type == "cpu":  # they lie in the machine's own memory
         memory["Gram matrices of earlier steps"] = memory["Gram matrices"]
     length = settings.window_length
     batch = micro_batch_size(

@@ -76,7 +76,7 @@ def command(
         for place, result in run_pruning_to_sizes(list(requests.values()), outputs, bar):
             if not quiet:
                 console.show_result(result)
-                console.out.print(f"written to {place}", highlight=False, soft_wrap=True)
+                click.echo(f"written to {place}")
 
 
 def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict[str, Request]:

@@ -14,7 +14,7 @@ from ..result import Size
 from ..run import stored_dtype
 from .materials import check_training, plan_phases
 from .request import AccelRequest, check_together
-from .schedule import Phase, learning_rates, tokens_per_step
+from .schedule import Phase, learning_rates, settings_of_phase, tokens_per_step
 from .teacher import stored_bytes
 from .training import micro_batch
 
@@ -87,7 +87,10 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     )
     hours = sum(plan.flops for plan in plans) / (gpu_tflops * 1e12) / 3600
     pruning = make_plan(
-        model, request.settings, params=phases[0].parameters, dtype=_dtype(request)
+        model,
+        settings_of_phase(request.settings, len(phases)),
+        params=phases[0].parameters,
+        dtype=_dtype(request),
     ).memory_bytes
     if recovery.moments == "carry" and len(plans) > 1 and not _is_sharded(request, gpus):
         pruning["moments"] = memory[0]["moments"]

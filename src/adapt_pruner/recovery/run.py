@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,6 @@ from ..model.history import History
 from ..processes import decided_by_first
 from ..result import Size
 from ..run import measure, store_as
-from ..settings import PruneSettings
 from .finish import draw_progress
 from .launch import processes_of
 from .lora import add_lora, merge_lora
@@ -30,7 +28,7 @@ from .materials import Materials, reference_losses
 from .moments import Moments
 from .randomness import gather_random_states, restore_random_states, seed_process
 from .request import AccelListener, AccelRequest
-from .schedule import Phase, learning_rates, tokens_per_step
+from .schedule import Phase, learning_rates, settings_of_phase, tokens_per_step
 from .state import Progress, RunDirectory, rebuild_model
 from .teacher import set_aside
 from .training import PhaseTraining, SpikeGuard, StepResult, Throughput, training
@@ -145,7 +143,7 @@ class Run:
                 self.materials.tokenizer,
                 params=min(phase.parameters, find_anatomy(self.model).total_parameters),
                 calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
-                settings=_settings_of_phase(request.settings, len(self.phases)),
+                settings=settings_of_phase(request.settings, len(self.phases)),
                 listener=Following(self.listener.pruning, self._follow),
                 group=self.processes,
             )
@@ -325,11 +323,3 @@ def _spread(values: list[float], layers: list[int], count: int) -> list[float]:
     that are gone, and none where none were measured."""
     there = dict(zip(layers, values, strict=False))
     return [there.get(i, 0.0) for i in range(count)] if values else []
-
-
-def _settings_of_phase(settings: PruneSettings, num_phases: int) -> PruneSettings:
-    """`steps` are those of the whole run; the adaptive rule counts them itself."""
-    if getattr(settings, "allocation", "adaptive") == "adaptive":
-        return settings
-    steps = math.ceil(getattr(settings, "steps") / num_phases)  # noqa: B009
-    return settings.model_copy(update={"steps": steps})
