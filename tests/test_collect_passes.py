@@ -84,7 +84,7 @@ def test_gradient_checkpointing_keeps_no_activations_of_neurons(kinds):
     model.lm_head.register_forward_pre_hook(count)  # between the layers and the backward pass
     how = Pass(gradient_checkpointing=True)
     with collect(model, find_anatomy(model), WINDOWS, observers(kinds), how=how):
-        assert alive == [0]
+        assert set(alive) == {0}
 
 
 @pytest.mark.parametrize(

@@ -165,25 +165,24 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                 if settings.compensation == "refit":
                     refit_outputs(axes, keep, statistics[Gram])
                 is_last = done and target == work.targets[-1]
+                known = keep if limits.kinds <= WIDTHS and not is_last else None
                 for observer in observers:
-                    observer.carry(
-                        keep if limits.kinds <= WIDTHS and not is_last else None, settings.carry
-                    )
+                    observer.carry(known, settings.carry)
                 anatomy = work.apply(Cut(keep))
             if done and lesson is not None:
                 tune_scales(work.model, anatomy, *lesson, group=work.group)
-            distance = statistics[LayerDistance].distance
-            made = PruningStep(
-                step=step,
-                anatomy=anatomy,
-                layer_importance=normalise(distance, without=limits.protected_layers),
-                layer_distance=distance,
-                loss=statistics.loss,
-                seconds={"collect": collected - began, "cut": time.perf_counter() - collected},
-                target=target if done else None,
-            )
+            seconds = {"collect": collected - began, "cut": time.perf_counter() - collected}
+            made = _account(step, anatomy, statistics, limits, seconds)
             del statistics  # its matrices would live on through the next pass
-            yield made
+            yield replace(made, target=target if done else None)
+
+
+def _account(
+    step: int, anatomy: Anatomy, statistics: Statistics, limits: Limits, seconds: dict[str, float]
+) -> PruningStep:
+    distance = statistics[LayerDistance].distance
+    importance = normalise(distance, without=limits.protected_layers)
+    return PruningStep(step, anatomy, importance, distance, statistics.loss, seconds)
 
 
 def _as_it_is(axis: Axis) -> Axis:

@@ -191,10 +191,11 @@ class Gram(Observer):
         self._inverses.clear()
         if keep is None or not share:
             self._before.clear()
-        for key, kept_C in kept_columns(self.axes, keep or {}).items():
-            if key in self._before:
-                matrix_CC = self._before[key][kept_C][:, kept_C]
-                self._before[key] = matrix_CC.mul_(share)
+        kept = kept_columns(self.axes, keep or {})
+        for key, matrix_CC in self._before.items():
+            if key in kept:
+                matrix_CC = matrix_CC[kept[key]][:, kept[key]]
+            self._before[key] = matrix_CC.mul_(share)
 
     def values(self):
         for (layer, path), matrix_CC in self.matrix.items():
