@@ -11,7 +11,6 @@ from ..errors import InvalidSettings
 from ..searching.request import ADA_PRUNER, SearchListener, SearchRequest, SearchSettings
 from ..settings import build
 from .options import (
-    Count,
     MethodCommand,
     named_model,
     options_of,
@@ -19,6 +18,7 @@ from .options import (
     read_recipe,
     resolve_settings,
 )
+from .parameters import Count
 
 if TYPE_CHECKING:
     from ..searching.outcome import Outcome

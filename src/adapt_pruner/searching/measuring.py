@@ -125,11 +125,11 @@ def _divergence(model: Any, tokens_BT: Tensor, dense_BTD: Tensor) -> float:
     try:
         head = model.get_output_embeddings()
         device = model.get_input_embeddings().weight.device
-        outcome, total = divergence(head, dense_BTD), 0.0
+        outcome, total = divergence(head, dense_BTD, num_tokens=1), 0.0
         hidden_ND = hidden_states(model, tokens_BT.to(device)).flatten(0, 1)
         for start in range(0, len(hidden_ND), TOKENS):
             some = slice(start, start + TOKENS)
             total += float(outcome(head(hidden_ND[some]), some)[0])
-        return total * len(hidden_ND)
+        return total
     finally:
         model.train(training)
