@@ -25,7 +25,7 @@ READER = Path(__file__).with_name("reload_checkpoints.py")
 
 def pruned(model_type: str, calibration, dtype=torch.float32, **overrides) -> PruningResult:
     """A model whose layers lost different numbers of KV groups and neurons."""
-    settings = {"allocation": "adaptive", "steps": 4, "amplitude": 0.05, "sparsity": 0.3}
+    settings = {"allocation": "adaptive", "steps": 4, "amplitude": 0.1, "sparsity": 0.38}
     return prune(build(model_type, dtype), calibration=calibration, **{**settings, **overrides})
 
 

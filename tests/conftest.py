@@ -30,8 +30,8 @@ from checkpoints import llama_checkpoint as llama_checkpoint
 from checkpoints import llama_result as llama_result
 from checkpoints import readings as readings
 from command_line import prune as prune
-from evaluations import cache as cache
 from evaluations import data as data
+from evaluations import own_results as own_results
 from packings import jsonl as jsonl
 from packings import pack as pack
 from picomodels import VOCAB_SIZE, build, random_tokens

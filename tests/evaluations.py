@@ -9,11 +9,9 @@ import pytest
 import task_items
 from adapt_pruner.evaluation.store import VARIABLE
 
-harness = pytest.importorskip("adapt_pruner.evaluation.harness")
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
+@pytest.fixture
+def own_results(tmp_path, monkeypatch) -> Path:
     """No test reads or writes the user's own results."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "results"))
     return tmp_path / "results"

@@ -101,7 +101,7 @@ def test_run_json_accounts_for_every_step(llama_checkpoint, llama_result):
     assert len(record["steps"]) == len(llama_result.steps) > 0
     assert record["steps"][-1]["parameters"] == record["after"]["total"] <= llama_result.target
     assert record["steps"][-1]["widths"] == record["widths_after"] == llama_result.widths_after
-    assert record["sparsity"] == pytest.approx(0.3, abs=0.01)
+    assert record["sparsity"] == pytest.approx(0.38, abs=0.01)
     assert torch.__version__.startswith(record["versions"]["torch"])  # a wheel may add +cu130
 
 
@@ -119,7 +119,7 @@ def test_model_card_says_the_sizes_and_how_to_load(llama_checkpoint, llama_resul
 def test_recipe_holds_target_and_settings(llama_checkpoint, llama_result):
     recipe = yaml.safe_load((llama_checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe.pop("params") == llama_result.target
-    assert recipe == {"allocation": "adaptive", "steps": 4, "amplitude": 0.05}
+    assert recipe == {"allocation": "adaptive", "steps": 4, "amplitude": 0.1}
 
 
 def test_recipe_names_the_text_that_was_read(tokenizer, text_file):

@@ -26,7 +26,9 @@ from adapt_pruner.evaluation.suites import SUITES
 from adapt_pruner.model.loading import resolve_name
 from adapt_pruner.settings import EvaluationSettings
 from conftest import character_tokenizer
-from evaluations import harness
+
+pytestmark = pytest.mark.usefixtures("own_results")
+harness = pytest.importorskip("adapt_pruner.evaluation.harness")
 
 COMMONSENSE = [task for b in SUITES["commonsense"].benchmarks for task in b.tasks]
 TASKS = [*COMMONSENSE, "wikitext"]

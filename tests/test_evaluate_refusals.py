@@ -23,8 +23,10 @@ from adapt_pruner.errors import (
 )
 from adapt_pruner.evaluation import measure
 from conftest import character_tokenizer
-from evaluations import harness
 from picomodels import build
+
+pytestmark = pytest.mark.usefixtures("own_results")
+harness = pytest.importorskip("adapt_pruner.evaluation.harness")
 
 
 class TestRefusals:
@@ -200,10 +202,12 @@ class TestCommand:
         assert says in done.err
         assert done.err.count("\n") == 1
 
-    def test_second_model_is_looked_at_before_the_first_is_measured(self, cli, cache, text_file):
+    def test_second_model_is_looked_at_before_the_first_is_measured(
+        self, cli, own_results, text_file
+    ):
         done = cli("evaluate", "demo", "./nowhere", "--text", text_file)
         assert "There is no model directory './nowhere'" in done.err
-        assert not cache.exists()
+        assert not own_results.exists()
 
     def test_interruption_says_what_is_kept(self, cli, text_file, monkeypatch):
         def interrupt(*args, **kwargs):

@@ -26,7 +26,7 @@ LAYERS = [
     {"report"},
     {"checkpoint"},
     {"run"},
-    {"recovery", "comparison"},
+    {"recovery", "comparison", "searching"},
     {"cli"},
 ]
 """From the bottom up."""

@@ -76,7 +76,7 @@ def test_perplexity(no_float64):
     model = build("llama", torch.float32)
     windows = [(tokens.tolist(), len(tokens) - 1) for tokens in random_tokens(4, 20)]
     with no_float64:
-        losses = perplexity._window_losses(model, windows, 2, lambda done, total: None)
+        losses = perplexity.window_losses(model, windows, 2, lambda done, total: None)
     assert losses.dtype == torch.float64
 
 

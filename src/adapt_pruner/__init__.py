@@ -33,6 +33,7 @@ _EXPORTS = {
     "perplexity": "evaluation",
     "prune": "api",
     "replay": "api",
+    "search": "searching",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -49,6 +49,8 @@ Budget = Annotated[int, Ge(1), Le(MAX_TOKENS), _number]
 BatchTokens = Annotated[int, Ge(2), Le(1_000_000_000), _number]
 Width = Annotated[int, Ge(1), Le(1_000_000), _number]
 """Neurons, tokens of a vocabulary, or other entries along a side of a matrix."""
+Sample = Annotated[int, Ge(0), Le(1_000_000_000), _number]
+"""Number of one of a pool, from 0 on."""
 Rank = Annotated[int, Ge(0), Le(65_536), _number]
 Shots = Annotated[int, Ge(0), Le(1_000), _number]
 Layer = Annotated[int, Ge(-10_000), Le(10_000), _number]

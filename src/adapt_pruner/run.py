@@ -124,6 +124,12 @@ def run_pruning_to_gguf(
     return result, export_gguf(result, output, quantize, overwrite=request.overwrite)
 
 
+def make_result(request: Request, listener: Listener | None = None) -> PruningResult:
+    """The same without writing anything."""
+    ((_, result),) = _prune([request], [lambda *needed: None], listener)
+    return result
+
+
 def _prune(
     requests: Sequence[Request], checks: Sequence[Callable[..., None]], listener: Listener | None
 ) -> Iterator[tuple[int, PruningResult]]:

@@ -19,6 +19,7 @@ OUT_OF_MEMORY = {
     "accel": "--gradient-checkpointing, --dtype bfloat16, --micro-batch-size 1 for calibration, or "
     "--per-device-train-batch-size 1 for training",
     "compare": "--gradient-checkpointing, --dtype bfloat16, or --micro-batch-size 1",
+    "search": "--gradient-checkpointing, --dtype bfloat16, or a smaller --validation-window",
     "evaluate": "--batch-size 1, --dtype bfloat16, or a smaller --window or --max-length",
     "bench": "a smaller --batch-size or --prompt-tokens, or --dtype bfloat16",
     "report": "fewer models at once, or --device cpu",
@@ -41,6 +42,7 @@ class Program(click.Group):
         "run": "run",
         "methods": "methods",
         "compare": "compare",
+        "search": "search",
         "report": "report",
         "demo": "demo",
         "with": "with_command",

@@ -47,26 +47,28 @@ class MethodCommand(click.Command):
     `--method NAME --help` shows the settings of that method and no other's.
     """
 
+    default_method = DEFAULT_METHOD
+
     def make_context(self, info_name, args: list[str], parent=None, **extra):
-        self.method = _named_method(args)
+        self.method = _named_method(args, self.default_method)
         return super().make_context(info_name, args, parent, **extra)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        method = method_named(getattr(self, "method", DEFAULT_METHOD))
+        method = method_named(getattr(self, "method", self.default_method))
         presets = [_preset_option(method)] if method.presets else []
         settings = [_option(name, info) for name, info in method.settings.model_fields.items()]
         help_option = self.get_help_option(ctx)
         return [*self.params, *presets, *settings, *([help_option] if help_option else [])]
 
 
-def _named_method(args: Sequence[str]) -> str:
+def _named_method(args: Sequence[str], default: str = DEFAULT_METHOD) -> str:
     """The method that a command line names, before it is parsed."""
     found = _value_of("--method", args)
     recipe = _value_of("--recipe", args)
     if found is None and recipe and Path(recipe).is_file():
         said = read_yaml(Path(recipe), "recipe", InvalidSettings)
         found = said.get("method") if isinstance(said, dict) else None
-    method = str(found or DEFAULT_METHOD)
+    method = str(found or default)
     try:
         method_named(method)
     except InvalidSettings as error:

@@ -83,7 +83,7 @@ def perplexity(
     windows, num_bytes = _all_windows(tokenizer, texts, window, stride, max_windows)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     check_vocabulary(max(max(ids) for ids, _ in windows), vocab_size)
-    losses = _window_losses(model, windows, batch_size, on_progress)
+    losses = window_losses(model, windows, batch_size, on_progress)
     counts = torch.tensor([scored for _, scored in windows], dtype=torch.float64)
     total, num_tokens = float(losses.sum()), int(counts.sum())
     mean = total / num_tokens
@@ -110,7 +110,7 @@ def _all_windows(
     num_bytes = 0
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"]
-        pieces = _windows_of(ids, window, stride)
+        pieces = windows_of(ids, window, stride)
         if max_windows is not None and len(windows) + len(pieces) > max_windows:
             pieces = pieces[: max_windows - len(windows)]
             end = (len(pieces) - 1) * stride + window if pieces else 0
@@ -124,10 +124,10 @@ def _all_windows(
     return windows, num_bytes
 
 
-def _windows_of(ids: list[int], window: int, stride: int) -> list[Window]:
+def windows_of(ids: list[int], window: int, stride: int) -> list[Window]:
     """Cut one document.
 
-    >>> [scored for _, scored in _windows_of(list(range(10)), window=4, stride=2)]
+    >>> [scored for _, scored in windows_of(list(range(10)), window=4, stride=2)]
     [3, 2, 2, 2]
     """
     windows: list[Window] = []
@@ -144,7 +144,7 @@ def _windows_of(ids: list[int], window: int, stride: int) -> list[Window]:
     return windows
 
 
-def _window_losses(
+def window_losses(
     model: nn.Module,
     windows: list[Window],
     batch_size: int,

@@ -9,7 +9,7 @@ from ..errors import InvalidSettings, near_match
 from ..model.anatomy import Anatomy
 from ..registry import Registry
 from ..settings import PruneSettings, build
-from . import adapt_pruner, baselines, depth, flap, llm_pruner, minitron, slicegpt
+from . import ada_pruner, adapt_pruner, baselines, depth, flap, llm_pruner, minitron, slicegpt
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -29,6 +29,7 @@ METHODS: Registry[Method] = Registry(
         "random": baselines.RANDOM,
         "minitron": minitron.METHOD,
         "slicegpt": slicegpt.METHOD,
+        "ada-pruner": ada_pruner.METHOD,
     },
 )
 """Other packages add to it: a `Method` as an entry point of the group `adapt_pruner.methods`."""
@@ -67,6 +68,11 @@ def make_settings(
             )
     start = row.presets[preset] if preset is not None else next(iter(row.presets.values()), {})
     return build(row.settings, {"method": method, **start, **values})
+
+
+def build_settings(settings: PruneSettings, **values: Any) -> PruneSettings:
+    """The same settings with other values. Raises InvalidSettings as `make_settings`."""
+    return build(type(settings), {**settings.model_dump(), **values})
 
 
 def target_of(

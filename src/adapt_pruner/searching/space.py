@@ -1,0 +1,141 @@
+"""The space that is searched: names with what each of them can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import InvalidSettings, near_match, shown
+from ..methods.ada_pruner import FACTORS, AdaPrunerSettings
+from ..settings import PruneSettings, build
+from .request import SearchSettings
+
+OF_THE_POOL = {
+    "method", "calibration", "text_column", "max_documents", "seed", "pool", "window_length",
+    "samples", "dtype", "device", "device_map",
+}  # fmt: skip
+"""Settings that decide what the samples are; all trials share them."""
+GRID_POINTS = 3
+"""Values of a range that a grid tries."""
+MOST_POINTS = 100_000
+"""Of a grid, which is in memory as a whole."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values."""
+
+    values: tuple[Any, ...]
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        # By number: what a study stores of a choice must be a plain value.
+        return self.values[trial.suggest_categorical(name, list(range(len(self.values))))]
+
+    def grid(self) -> list[Any]:
+        return list(range(len(self.values)))
+
+    def record(self) -> dict[str, Any]:
+        return {"choice": list(self.values)}
+
+    def value_of(self, stored: Any) -> Any:
+        return self.values[stored]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number from `low` to `high`."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        suggest = trial.suggest_int if self.whole else trial.suggest_float
+        return suggest(name, self.low, self.high, log=self.log)
+
+    def grid(self) -> list[Any]:
+        low, high = (math.log(x) if self.log else x for x in (self.low, self.high))
+        points = [low + (high - low) * i / (GRID_POINTS - 1) for i in range(GRID_POINTS)]
+        values = [min(max(math.exp(x) if self.log else x, self.low), self.high) for x in points]
+        return list(dict.fromkeys(round(x) if self.whole else x for x in values))
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def value_of(self, stored: Any) -> Any:
+        return stored
+
+
+Space = dict[str, Choice | Range]
+
+
+def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[str, Any]) -> Space:
+    """All that is searched: the parts of `ada-pruner` that `search.over` names, and `extra`.
+
+    Raises:
+        InvalidSettings: if that is nothing, or a range is malformed.
+    """
+    space: Space = {}
+    is_ours = isinstance(settings, AdaPrunerSettings)
+    if is_ours and search.over in ("both", "samples"):
+        space.update({f"group {i}": Range(0.0, 1.0) for i in range(search.groups)})
+        space["draw"] = Choice(tuple(range(search.draws)))
+    if is_ours and search.over in ("both", "importance"):
+        space.update(dict.fromkeys(("alpha_coarse", "alpha_fine"), Range(0.0, 1.0)))
+        space.update({name: Choice(v) for name, v in FACTORS[settings.alignment].items()})
+    space.update(parse_space(extra, settings))
+    if not any(len(of.grid()) > 1 for of in space.values()):
+        raise InvalidSettings(
+            "The search space is empty: give settings a range in the recipe, such as `space: "
+            "{ridge: {low: 0.001, high: 0.1, log: true}}`, or take --over both."
+        )
+    points = math.prod(len(of.grid()) for of in space.values())
+    if search.sampler == "grid" and points > MOST_POINTS:
+        raise InvalidSettings(
+            f"sampler: a grid over this space has {points:,} points, more than {MOST_POINTS:,}. "
+            "Search less at once (--over, --draws), or take tpe or random."
+        )
+    return space
+
+
+def parse_space(section: Mapping[str, Any], settings: PruneSettings) -> Space:
+    """The `space` of a recipe: settings of the method, each a list of values or a mapping with low,
+    high and perhaps log. Whole numbers on both ends mean whole numbers.
+
+    Raises:
+        InvalidSettings: naming the first setting that is unknown, or whose values it cannot have.
+    """
+    space: Space = {}
+    known = set(type(settings).model_fields) - OF_THE_POOL
+    for name, said in section.items():
+        if name not in known:
+            why = "all trials share it" if name in OF_THE_POOL else "there is no such setting"
+            raise InvalidSettings(
+                f"space: {shown(str(name))} cannot be searched: {why}."
+                f"{near_match(str(name)[:100], known)}"
+            )
+        space[name] = _parsed(name, said)
+        for value in _ends(space[name]):
+            build(type(settings), {**settings.model_dump(), name: value})
+    return space
+
+
+def _parsed(name: str, said: Any) -> Choice | Range:
+    if isinstance(said, list) and said:
+        return Choice(tuple(said))
+    if isinstance(said, Mapping) and {"low", "high"} <= said.keys() <= {"low", "high", "log"}:
+        low, high, log = said["low"], said["high"], said.get("log", False)
+        numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (low, high))
+        if numbers and isinstance(log, bool) and low <= high and not (log and low <= 0):
+            return Range(low, high, log, whole=isinstance(low, int) and isinstance(high, int))
+    raise InvalidSettings(
+        f"space: {name} must be a list of values, or {{low: 0.001, high: 0.1}}, with log: true "
+        f"where its magnitude is searched; got {shown(said)}."
+    )
+
+
+def _ends(of: Choice | Range) -> tuple[Any, ...]:
+    return of.values if isinstance(of, Choice) else (of.low, of.high)
