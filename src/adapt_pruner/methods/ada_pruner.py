@@ -25,8 +25,9 @@ from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import Axis, AxisKey
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect
+from ..score.distance import LayerDistance, normalise
 from ..score.importance import taylor, taylor_second, taylor_vector
-from ..score.observers import Fisher, Gram, LayerDistance, Observer, normalise
+from ..score.observers import Fisher, Gram, Observer
 from ..settings import PruneSettings
 from .base import Method, Outline, PruningStep, Work, limits_of
 
