@@ -51,7 +51,7 @@ def command(
     resolve_target(find_anatomy(empty_model(model)), sparsity, None)  # before the first word
     what = "the embedded model" if model == EMBEDDED_MODEL else Path(model).name
     out.print(f"[bold]1. Prune[/] {what}: {sparsity:.0%} of its decoder layers go")
-    few = {} if windows is None else {"windows": windows}
+    few: dict[str, Any] = {} if windows is None else {"windows": windows}
     settings = make_settings("best", seed=seed, calibration=EMBEDDED, **few)
     again = (output / PRUNING_FILE).is_file()  # replaces results, and nothing else
     request = Request(model, settings, sparsity, evaluate=text, overwrite=again)

@@ -95,7 +95,7 @@ def collect(
     how = how or Pass()
     axes = anatomy.of_kinds({"kv-groups", "neurons"}) if axes is None else axes
     backward = any(observer.needs_backward for observer in observers)
-    device = model.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
     for observer in observers:
         observer.anatomy, observer.axes = anatomy, axes
         observer.is_active = lambda: torch.is_grad_enabled() or not backward

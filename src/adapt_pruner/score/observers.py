@@ -137,11 +137,11 @@ class UnitGradients(Observer):
     def carry(self, keep: Keep | None, share: float) -> None:
         self._before = 0.0, {}, {}
         if keep is not None and share:
-            found = (
+            absolute, squared = (
                 {key: v[keep[key].to(v.device)] if key in keep else v for key, v in table.items()}
                 for table in (self.absolute, self.squared)
             )
-            self._before = self.windows * share, *found
+            self._before = self.windows * share, absolute, squared
 
     def values(self):
         for key, value in self.absolute.items():
