@@ -73,8 +73,8 @@ def half_a_file(tensors, file, *args) -> None:
 KILLS: dict[str, Callable[[], None]] = {
     "while data are tokenised": lambda: kill_at(_domains().DomainCache, "_pack", 1, True),
     "when data are there": lambda: kill_at(_domains().DomainCache, "_pack", 1, False),
-    "inside the first cut": lambda: kill_at(_edits(), "cut_group", 2, False),
-    "inside the second cut": lambda: kill_at(_edits(), "cut_group", 9, False),
+    "inside the first cut": lambda: kill_at(_edits(), "describe_model", 1, False),
+    "inside the second cut": lambda: kill_at(_edits(), "describe_model", 2, False),
     "between cut and training": lambda: kill_at(Run, "cut", 2, False),
     "in a step of the first phase": lambda: kill_at(training.PhaseTraining, "step", 2, True),
     "after a step of the second": lambda: kill_at(training.PhaseTraining, "step", 4, False),

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from adapt_pruner import checkpoint, durable
 from adapt_pruner.claims import claimed
@@ -239,7 +238,7 @@ def test_full_disk(result, existing, monkeypatch, error, at):
         raise error
 
     place = {
-        "save_pretrained": (PreTrainedModel, at),
+        "save_pretrained": (type(result.model), at),
         "write_json": (checkpoint, at),
         "write_account": ("adapt_pruner.report", at),
     }[at]
@@ -256,7 +255,7 @@ def test_other_trouble_of_the_disk_is_told(result, existing, monkeypatch):
     def failing(*args, **kwargs):
         raise SafetensorError("I/O error: Read-only file system (os error 30)")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", failing)
+    monkeypatch.setattr(type(result.model), "save_pretrained", failing)
     with pytest.raises(WritingError, match=r"could not be written: .*Read-only file system"):
         result.save(existing, overwrite=True)
     assert is_untouched(existing)
@@ -266,7 +265,7 @@ def test_errors_of_the_program_stay_what_they_are(result, existing, monkeypatch)
     def failing(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", failing)
+    monkeypatch.setattr(type(result.model), "save_pretrained", failing)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         result.save(existing, overwrite=True)
     assert is_untouched(existing)

@@ -137,6 +137,7 @@ class TestAnswers:
 
             is_fast, chat_template, bos_token, eos_token_id = False, None, "<s>", EOS
             special_tokens_map = {"eos_token": "</s>"}  # noqa: RUF012
+            model_max_length = 512
 
             def __call__(self, texts, **options):
                 assert not options.get("return_offsets_mapping")

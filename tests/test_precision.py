@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from adapt_pruner import CalibrationData, find_anatomy, precision
 from adapt_pruner.compensate import refit
-from adapt_pruner.score import collect, distance, gram, importance, observers
+from adapt_pruner.score import collect, distance, gram, head, importance, observers
 from picomodels import build, random_tokens
 
 perplexity: Any = import_module("adapt_pruner.evaluation.perplexity")
@@ -50,7 +50,8 @@ class NoFloat64(TorchDispatchMode):
 @pytest.fixture
 def no_float64(monkeypatch) -> NoFloat64:
     mode = NoFloat64()
-    for module in (precision, collect, gram, importance, observers, refit, perplexity):
+    watched = (precision, collect, distance, gram, head, importance, observers, refit, perplexity)
+    for module in watched:
         if hasattr(module, "in_float64"):
             monkeypatch.setattr(module, "in_float64", mode.in_float64)
     return mode

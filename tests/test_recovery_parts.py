@@ -140,7 +140,7 @@ def test_moments_are_cut_as_the_weights_are(model_type, calibration):
 
     prune(
         model, sparsity=0.4, calibration=calibration, importance="random", compensation="none",
-        steps=2, listener=Follower(),
+        tuning_steps=0, steps=2, listener=Follower(),
     )  # fmt: skip
     assert followed == [True, True]
     assert moments.keys() == dict(model.named_parameters()).keys()

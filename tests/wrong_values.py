@@ -127,7 +127,7 @@ def build(model: type[BaseModel], values: dict[str, Any]) -> Any:
         return make_recovery_settings(**values)
     if model in (Mixture, Source):
         return read_mixture({"sources": [values]} if model is Source else values)
-    return plain.checked(model, values)
+    return plain.build(model, values)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -18,6 +18,8 @@ from .score.collect import micro_batch_size
 from .score.observers import Fisher, Gram, Observer, matrices
 from .settings import PruneSettings
 
+EARLIER_SUMS = "Gram matrices of earlier steps"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,7 +86,7 @@ def _memory(
         memory["Gram matrices"] = sum(4 * width**2 for width in _columns(axes))
     carries = any(isinstance(observer, Gram) and observer.carries for observer in observers)
     if carries and torch.device(device).type == "cpu":  # they lie in the machine's own memory
-        memory["Gram matrices of earlier steps"] = memory["Gram matrices"]
+        memory[EARLIER_SUMS] = memory["Gram matrices"]
     length = settings.window_length
     batch = micro_batch_size(
         settings.micro_batch_size, length, torch.device(device).type, observers

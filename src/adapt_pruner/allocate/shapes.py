@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from ..errors import InvalidSettings, InvalidTarget, near_match
+from ..errors import InvalidSettings, InvalidTarget, near_match, shown
 from ..model.anatomy import Anatomy
 from ..model.axes import (
     HIDDEN,
@@ -46,10 +46,10 @@ def parse_shape(text: str) -> dict[str, int]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = part.partition("=")
         if name not in SHAPE_NAMES:
-            hint, known = near_match(name, SHAPE_NAMES), ", ".join(SHAPE_NAMES)
-            raise ValueError(f"there is no '{name}' in a shape.{hint} Known: {known}")
-        if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"a shape reads hidden=512,layers=24; got '{part}'")
+            hint, known = near_match(name[:100], SHAPE_NAMES), ", ".join(SHAPE_NAMES)
+            raise ValueError(f"there is no {shown(name)} in a shape.{hint} Known: {known}")
+        if not size.isdecimal() or len(size) > 9 or int(size) < 1:
+            raise ValueError(f"a shape reads hidden=512,layers=24; got {shown(part)}")
         sizes[name] = int(size)
     return sizes
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..api import check_window_length, prune
-from ..checkpoint import save_result
+from ..checkpoint import check_place, save_result
 from ..claims import claimed
 from ..data import CalibrationData
 from ..data.calibration import load_documents
@@ -174,6 +174,8 @@ class _Runner:
     ) -> tuple[Any, dict[str, Any]]:
         """Prune, and keep what the weights are known by. Returns the model and that record."""
         began = time.perf_counter()
+        if place:
+            check_place(place, overwrite=True)  # before the work, not after it
         result = self._prune(settings, self.targets[cell.variant, cell.sparsity])
         record = {
             "fingerprint": fingerprint.of_model(result.model, self.tokenizer),

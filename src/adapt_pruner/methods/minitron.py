@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..allocate.chains import Scores
 from ..allocate.shapes import SHAPE_NAMES, Shape, ShapeLimits, Shapes, keep_of, parse_shape
 from ..errors import InvalidSettings, NonFiniteError
+from ..limits import Rounds, ShareBelowOne, Windows
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, HIDDEN, LAYERS, Axis, AxisKey
 from ..model.edits import Cut, Keep
@@ -49,7 +50,7 @@ class MinitronSettings(PruneSettings):
         Field(min_length=1, description="What the search may cut; neurons have to be among it."),
     ] = ("neurons", "query-heads", "hidden", "layers")
     layout: Annotated[Literal["uniform"], Field(description="All layers stay alike.")] = "uniform"
-    windows: Annotated[int, Field(ge=1, description="Calibration windows.")] = 1024
+    windows: Annotated[Windows, Field(description="Calibration windows.")] = 1024
     shape: Annotated[
         str,
         AfterValidator(_checked),
@@ -60,16 +61,16 @@ class MinitronSettings(PruneSettings):
         ),
     ] = ""
     candidates: Annotated[
-        int, Field(ge=1, description="Shapes that are tried, spread over all that are possible.")
+        Rounds, Field(description="Shapes that are tried, spread over all that are possible.")
     ] = 10
     search_windows: Annotated[
-        int, Field(ge=1, description="Calibration windows on which each of them is measured.")
+        Windows, Field(description="Calibration windows on which each of them is measured.")
     ] = 128
     max_width_pruning: Annotated[
-        float, Field(ge=0, lt=1, description="Share of a width that the search may cut.")
+        ShareBelowOne, Field(description="Share of a width that the search may cut.")
     ] = 0.4
     max_depth_pruning: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the layers that the search may drop.")
+        ShareBelowOne, Field(description="Share of the layers that the search may drop.")
     ] = 0.2
 
 

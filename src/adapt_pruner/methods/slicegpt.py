@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import InvalidSettings, InvalidTarget, NonFiniteError
+from ..limits import Amplitude, Length, Width, Windows
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import heads_fit
 from ..model.rotation import Rotate, check_rotatable, parameters_after, stream_norms
@@ -43,14 +44,12 @@ class SliceGPTSettings(PruneSettings):
     layout: Annotated[Literal["uniform"], Field(description="All layers are cut alike.")] = (
         "uniform"
     )
-    multiple: Annotated[
-        int, Field(ge=1, description="The hidden size becomes a multiple of this.")
-    ] = 8
-    windows: Annotated[int, Field(ge=1, description="Calibration windows.")] = 128
-    window_length: Annotated[int, Field(ge=2, description="Tokens per calibration window.")] = 2048
+    multiple: Annotated[Width, Field(description="The hidden size becomes a multiple of this.")] = 8
+    windows: Annotated[Windows, Field(description="Calibration windows.")] = 128
+    window_length: Annotated[Length, Field(description="Tokens per calibration window.")] = 2048
     damping: Annotated[
-        float,
-        Field(ge=0, description="Added to the diagonal of X^T X, relative to its mean."),
+        Amplitude,
+        Field(description="Added to the diagonal of X^T X, relative to its mean."),
     ] = 0.01
     shared_rotation: Annotated[
         bool,

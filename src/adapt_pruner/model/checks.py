@@ -7,7 +7,6 @@ passes over weights that have no place in the model. Each of these is an error h
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,15 @@ def check_sizes(name: str, raw: dict[str, Any]) -> None:
     Raises:
         LoadingError: naming the first that is not.
     """
-    parts = [raw, raw.get("text_config"), *_values(raw.get("per_layer_config"))]
+    of_layers = raw.get("per_layer_config")
+    if of_layers is not None and not (
+        isinstance(of_layers, dict) and all(isinstance(one, dict) for one in of_layers.values())
+    ):
+        raise LoadingError(
+            f"The configuration of '{name}' cannot be read: per_layer_config must map layers to "
+            f"what each has of its own; got {shown(of_layers)}. Restore config.json."
+        )
+    parts = [raw, raw.get("text_config"), *(of_layers or {}).values()]
     for part in parts:
         for key, most in LARGEST.items():
             value = part.get(key) if isinstance(part, dict) else None
@@ -94,12 +101,6 @@ def check_sizes(name: str, raw: dict[str, Any]) -> None:
                         f"The configuration of '{name}' cannot be read: {key} must be a whole "
                         f"number from 1 to {most:,}; got {shown(one)}. Restore config.json."
                     )
-
-
-def _values(container: Any) -> Iterable[Any]:
-    if isinstance(container, dict):
-        return container.values()
-    return container if isinstance(container, list) else ()
 
 
 def check_class(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ..model.anatomy import count_parameters, find_anatomy
 from ..model.loading import empty_model
-from ..plan import make_plan
+from ..plan import EARLIER_SUMS, make_plan
 from ..result import Size
 from ..run import stored_dtype
 from .materials import check_training, plan_phases
@@ -86,12 +87,7 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
         for phase, parts in zip(phases, memory, strict=True)
     )
     hours = sum(plan.flops for plan in plans) / (gpu_tflops * 1e12) / 3600
-    pruning = make_plan(
-        model,
-        settings_of_phase(request.settings, len(phases)),
-        params=phases[0].parameters,
-        dtype=_dtype(request),
-    ).memory_bytes
+    pruning = _pruning_memory(request, model, phases)
     if recovery.moments == "carry" and len(plans) > 1 and not _is_sharded(request, gpus):
         pruning["moments"] = memory[0]["moments"]
     tokens = phases[-1].end_step * per_step
@@ -126,6 +122,15 @@ def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float
     """6 per weight: 2 forward, 4 backward; 8 if layers are recomputed; 2 more per teacher's."""
     factor = 8 if request.settings.gradient_checkpointing else 6
     return factor * phase.parameters + 2 * teacher
+
+
+def _pruning_memory(request: AccelRequest, model: Any, phases: Sequence[Phase]) -> dict[str, int]:
+    """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory."""
+    settings = settings_of_phase(request.settings, len(phases))
+    plan = make_plan(
+        model, settings, params=phases[0].parameters, dtype=_dtype(request)
+    ).memory_bytes
+    return {part: size for part, size in plan.items() if part != EARLIER_SUMS}
 
 
 def _training_memory(
