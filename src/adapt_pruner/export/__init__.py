@@ -1,6 +1,26 @@
-"""Files for other engines: GGUF for llama.cpp and what is built on it."""
+"""Files for other engines (GGUF, for llama.cpp and what is built on it), and commands to serve.
 
+What needs the package gguf, an extra, is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..errors import MissingExtra
 from .commands import GgufCommands as GgufCommands
-from .gguf_file import Export as Export
-from .gguf_file import Fallback as Fallback
-from .gguf_file import export_gguf as export_gguf
+
+if TYPE_CHECKING:
+    from .gguf_file import Export as Export
+    from .gguf_file import Fallback as Fallback
+    from .gguf_file import export_gguf as export_gguf
+
+
+def __getattr__(name: str):
+    if name in ("Export", "Fallback", "export_gguf"):
+        try:
+            return getattr(import_module(".gguf_file", __name__), name)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(
+                f"GGUF files need the package '{error.name}': pip install 'adapt-pruner[gguf]'."
+            ) from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
