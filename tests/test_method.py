@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from adapt_pruner.errors import InvalidSettings, InvalidTarget
-from adapt_pruner.methods import make_settings
+from adapt_pruner.api import prune as library_prune
+from adapt_pruner.api import prune_to_sizes
+from adapt_pruner.errors import InvalidSettings, InvalidTarget, UnsupportedModel
+from adapt_pruner.methods import Work, make_settings
 from adapt_pruner.methods.adapt_pruner import CAN_CUT, PRESETS, adapt_pruner
 from adapt_pruner.methods.base import limits_of
 from adapt_pruner.model.anatomy import find_anatomy
@@ -181,3 +185,27 @@ def test_a_step_too_large_for_the_rest_ends_well():
 def test_settings_that_do_not_fit_the_model_are_refused(model_type, values, message):
     with pytest.raises(InvalidSettings, match=message):
         limits_of(make_settings(**values), find_anatomy(build(model_type)), CAN_CUT)
+
+
+def test_weights_that_are_not_in_memory_are_refused_on_every_way(calibration):
+    empty = build("llama", torch.float32).to("meta")
+    with pytest.raises(UnsupportedModel, match="not in memory"):
+        library_prune(empty, sparsity=0.2, calibration=calibration)
+    work = Work(empty, calibration, (90_000,), make_settings())
+    with pytest.raises(UnsupportedModel, match="not in memory"):
+        next(prune_to_sizes(work))
+
+
+def test_what_is_done_between_two_sizes_is_not_counted_as_pruning(calibration):
+    model = build("llama", torch.float32)
+    total = model.num_parameters()
+    settings = make_settings(steps=2, tuning_steps=0)
+    work = Work(model, calibration, (total - 9_000, total - 20_000), settings)
+    results = prune_to_sizes(work)
+    first = next(results)
+    time.sleep(1.5)
+    second = next(results)
+    assert first.seconds < second.seconds < first.seconds + 1.4
+    assert (first.target, second.target) == (total - 9_000, total - 20_000)
+    assert first.after.total <= first.target
+    assert second.after.total == model.num_parameters() <= second.target

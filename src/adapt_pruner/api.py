@@ -97,6 +97,7 @@ def prune_to_sizes(
     each result before the next is asked for. Raises as `prune`."""
     listener = listener or Listener()
     model: Any = work.model
+    _check_in_memory(model)
     anatomy = find_anatomy(model)
     before, widths_before = Size.of(anatomy), anatomy.widths
     history, steps, began = History(anatomy), [], time.perf_counter()
@@ -116,7 +117,7 @@ def prune_to_sizes(
             listener.on_step(step)
             layers = list(history.layers)
         if step.target is not None:
-            yield PruningResult(
+            result = PruningResult(
                 model=model,
                 tokenizer=tokenizer,
                 settings=work.settings,
@@ -131,6 +132,9 @@ def prune_to_sizes(
                 seconds=time.perf_counter() - began,
                 previous=previous,
             )
+            paused = time.perf_counter()
+            yield result
+            began += time.perf_counter() - paused  # what is done with a result is not pruning
 
 
 def calibration_for(model: Any, tokenizer: Any, settings: PruneSettings) -> CalibrationData:
