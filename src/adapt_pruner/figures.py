@@ -26,6 +26,15 @@ def figure(value: float) -> str:
     return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def steps_of(count: int) -> str:
+    """A number of steps.
+
+    >>> steps_of(1), steps_of(5)
+    ('1 step', '5 steps')
+    """
+    return f"{count} step{'s' * (count != 1)}"
+
+
 def change(old: float, new: float) -> str:
     """The relative change with its sign.
 

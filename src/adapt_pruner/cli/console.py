@@ -27,6 +27,7 @@ from ..comparison import ComparisonListener
 from ..evaluation import EvaluationListener
 from ..figures import in_bytes as in_bytes
 from ..figures import short as short
+from ..figures import steps_of
 from ..recovery.request import AccelListener
 
 if TYPE_CHECKING:
@@ -219,7 +220,8 @@ def show_result(result: PruningResult) -> None:
     gap = result.target - after.total
     out.print(
         f"target {result.target:,} parameters, met with {gap:,} to spare; sparsity of the decoder "
-        f"layers {result.sparsity:.4f}; {len(result.steps)} steps in {result.seconds:.1f} s",
+        f"layers {result.sparsity:.4f}; {steps_of(len(result.steps))} in "
+        f"{result.seconds:.1f} s",
         soft_wrap=True,
     )
 

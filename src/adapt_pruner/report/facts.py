@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LoadingError
 from ..export.engines import Serving, limits, servings
-from ..figures import change, duration, figure, in_bytes, short
+from ..figures import change, duration, figure, in_bytes, short, steps_of
 from ..parsing import ParsingError, parse_yaml
 from .record import Run
 
@@ -119,7 +119,7 @@ def _sentences(run: Run, source: str) -> list[str]:
         return [f"{source} already had the size asked for; nothing was cut."]
     tokens = run.training[-1].tokens if run.training else record.training and record.training.tokens
     trained = f"{short(tokens)} tokens of" if tokens else "no"
-    steps = f"{len(record.steps)} step{'s' * (len(record.steps) != 1)}"
+    steps = steps_of(len(record.steps))
     first = (
         f"{source} was cut from {before.total:,} to {after.total:,} parameters: "
         f"{record.sparsity:.1%} of its decoder layers went, in {steps} and "
