@@ -256,30 +256,68 @@ def tighten(removal: Removal, target: int) -> None:
         best = max(fitting, key=lambda chain: float(chain.density[chain.removed - 1]))
         surplus -= removal.cost(best, best.removed - 1, sizes)
         best.removed -= 1
-    if surplus:
-        _exchange_coarse_block(removal, target, surplus)
+    while surplus and _exchange_coarse_block(removal, target):
+        surplus = target - removal.parameters
 
 
-def _exchange_coarse_block(removal: Removal, target: int, surplus: int) -> None:
-    """Where only coarse blocks (KV groups) went and the surplus is more than a finer one, give one
-    of them back for finer ones, if that leaves less surplus."""
-    chains, sizes = removal.chains, removal.sizes
-    finer = [
-        chain
-        for chain in chains
-        if chain.removed < len(chain.sizes) and removal.cost(chain, chain.removed, sizes) <= surplus
-    ]
-    coarse = [chain for chain in chains if chain.removed]
-    if not finer or not coarse:
-        return
+def _exchange_coarse_block(removal: Removal, target: int) -> bool:
+    """Where a coarse block (a KV group, a layer) went and the surplus is more than a finer one, give
+    it back for finer ones, if that leaves less surplus. Returns whether it did."""
+    chains, surplus = removal.chains, target - removal.parameters
+    if not _open_blocks(removal, surplus):
+        return False
     before = [chain.removed for chain in chains]
-    returned = max(coarse, key=lambda chain: float(chain.density[chain.removed - 1]))
-    left = surplus - removal.cost(returned, returned.removed - 1)
-    returned.removed -= 1
-    while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
-        cheapest = min(open_, key=lambda chain: float(chain.density[chain.removed]))
-        left += removal.cost(cheapest, cheapest.removed)
-        cheapest.removed += 1
-    if not 0 <= left < surplus:
+    gone = [chain for chain in chains if chain.removed]
+    for returned in sorted(gone, key=lambda chain: -float(chain.density[chain.removed - 1])):
+        left = surplus - removal.cost(returned, returned.removed - 1)
+        returned.removed -= 1
+        finer = [chain for chain in _open_blocks(removal, surplus) if chain is not returned]
+        while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
+            cheapest = min(open_, key=lambda chain: float(chain.density[chain.removed]))
+            left += removal.cost(cheapest, cheapest.removed)
+            cheapest.removed += 1
+        if 0 <= left < surplus:
+            return True
         for chain, removed in zip(chains, before, strict=True):
             chain.removed = removed
+    return False
+
+
+def _open_blocks(removal: Removal, most: int) -> list[Chain]:
+    """Chains whose next block to leave has parameters, and at most so many."""
+    sizes = removal.sizes
+    return [
+        chain
+        for chain in removal.chains
+        if chain.removed < len(chain.sizes)
+        and 0 < removal.cost(chain, chain.removed, sizes) <= most
+    ]
+
+
+def hold_back(removal: Removal) -> None:
+    """Give back, before a later step, the units that it will need to meet its target: where layers
+    or sublayers may go, so many finer blocks must be left to cut as outweigh one of those.
+
+    Otherwise a layer that goes last takes too much with it, and what an earlier step has cut cannot
+    be given back for it.
+    """
+    presences = [chain for chain in removal.chains if chain.members[0].is_presence]
+    finer = [chain for chain in removal.chains if not chain.members[0].is_presence]
+    staying = [chain for chain in presences if chain.removed < len(chain.sizes)]
+    if not staying or not finer:
+        return
+    while gone := [chain for chain in finer if chain.removed]:
+        sizes = removal.sizes
+        coarsest = max(removal.cost(chain, chain.removed, sizes) for chain in staying)
+        by_layer: dict[int, int] = {}
+        for chain in finer:
+            least = {key: chain.width - int(chain.sizes.sum()) for key in chain.keys}
+            count = removal.anatomy.count
+            all_of_it = count.touching(chain.keys, sizes)
+            cuttable = all_of_it - count.touching(chain.keys, {**sizes, **least})
+            layer = chain.keys[0][0]
+            by_layer[layer] = by_layer.get(layer, 0) + cuttable
+        if sum(by_layer.values()) - max(by_layer.values()) >= coarsest:  # one may go with a layer
+            return
+        most_important = max(gone, key=lambda chain: float(chain.density[chain.removed - 1]))
+        most_important.removed -= 1
