@@ -241,7 +241,7 @@ def remove_ranked(removal: Removal, target: int) -> None:
 def tighten(removal: Removal, target: int) -> None:
     """Give back the most important blocks that were removed beyond `target`.
 
-    Afterwards fewer parameters too many are gone than one block has: one unit, or one multiple.
+    Afterwards the surplus is smaller than one block: one unit, or one multiple.
     """
     surplus = target - removal.parameters
     while True:
@@ -261,8 +261,8 @@ def tighten(removal: Removal, target: int) -> None:
 
 
 def _exchange_coarse_block(removal: Removal, target: int) -> bool:
-    """Where a coarse block (a KV group, a layer) went and the surplus is more than a finer one, give
-    it back for finer ones, if that leaves less surplus. Returns whether it did."""
+    """Where a coarse block (a KV group, a layer) went and the surplus is more than a finer one,
+    give it back for finer ones, if that leaves less surplus. Returns whether it did."""
     chains, surplus = removal.chains, target - removal.parameters
     if not _open_blocks(removal, surplus):
         return False

@@ -22,7 +22,7 @@ from ..result import PruningResult
 from .commands import GgufCommands
 from .layout import Layout, find_layout
 from .metadata import add_general, add_hyperparameters, read_card
-from .quantise import FileType, block_size, choose_type, encode, file_type, num_bytes, place_of
+from .quantise import FileType, block_size, choose_type, encode, file_type, num_bytes, tensor_place
 from .tensors import FileTensor, plan_tensors
 from .vocabulary import add_tokenizer
 from .weights import Weights, open_weights, weights_of
@@ -194,7 +194,9 @@ def _choose_types(weights: Weights, layout: Layout, kind: FileType) -> list[_Sto
     head = "token_embd.weight" if weights.is_tied else "output.weight"
     heads = [(layer.heads, layer.kv_heads) for layer in layout.layers]
     return [
-        _Stored(tensor, *choose_type(kind, tensor, place_of(tensor, heads), tensor.name == head))
+        _Stored(
+            tensor, *choose_type(kind, tensor, tensor_place(tensor, heads), tensor.name == head)
+        )
         for tensor in plan_tensors(weights, layout)
     ]
 

@@ -136,7 +136,7 @@ def _importance(settings: LLMPrunerSettings) -> Importance:
 
 
 def _sizes(settings: LLMPrunerSettings, anatomy: Anatomy, target: int) -> list[int]:
-    """Parameters of the whole model after each step, of which each removes as many."""
+    """Parameters of the whole model after each step; every step removes equally many."""
     total, steps = anatomy.total_parameters, settings.iterative_steps
     sizes = [total - (total - target) * step // steps for step in range(1, steps + 1)]
     return sizes if target < total else []

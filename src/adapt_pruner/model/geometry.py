@@ -1,4 +1,4 @@
-"""Make modules say the sizes that their tensors have."""
+"""Make the attributes of modules agree with the sizes of their tensors."""
 
 from __future__ import annotations
 
