@@ -7,8 +7,8 @@ once to count these events below the workplace, then once for each point drawn, 
 (SIGKILL: nothing is tidied up) at that event. After each kill the output must be whole, the old one
 or the new one; then the same command runs to its end, and nothing half-written may be left.
 
-Processes are forks of one that has imported everything, which takes most of the time. Prints a line
-of JSON.
+Processes are forks of one that has imported everything, which takes most of the time; so several
+commands in one call take less. Prints a line of JSON for each command.
 """
 
 from __future__ import annotations
@@ -270,7 +270,10 @@ def kill_points(
     counted = place.root / "count.txt"
     status = forked(lambda: run_command(place, counted))
     if status:
-        return {"bad": [f"unharmed run: {status}: {(place.root / 'output.txt').read_text()}"]}
+        return {
+            "command": place.command,
+            "bad": [f"unharmed run: {status}: {(place.root / 'output.txt').read_text()}"],
+        }
     events = int(counted.read_text())
     drawn = sorted(random.Random(seed).sample(range(1, events + 1), min(points, events)))
     done = [json.loads(line) for line in _lines(record)]
@@ -329,7 +332,7 @@ def _quietly(arguments: list[str], file: Path) -> int:
 
 def run() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=list(COMMANDS))
+    parser.add_argument("commands", help=f"of {', '.join(COMMANDS)}, with commas")
     parser.add_argument("root", type=Path, help="holds what `materials` makes")
     parser.add_argument("--points", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -339,10 +342,12 @@ def run() -> None:
     torch.set_num_threads(1)
     pictures.draw_all = lambda directory, result: {}  # they take half of the time
     finish.draw_training = lambda run, pictures: {}
-    place = COMMANDS[given.command](given.root.resolve())
-    place.before_forks()
-    prepare(place)
-    print(json.dumps(kill_points(place, given.points, given.seed, given.record)))
+    places = [COMMANDS[name](given.root.resolve()) for name in given.commands.split(",")]
+    for place in places:
+        place.before_forks()
+    for place in places:
+        prepare(place)
+        print(json.dumps(kill_points(place, given.points, given.seed, given.record)))
 
 
 if __name__ == "__main__":
