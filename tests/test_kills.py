@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kill_points import materials
+from killed_commands import materials
 from picomodels import build
 
 POINTS = int(os.environ.get("ADAPT_PRUNER_KILLS", "2"))
