@@ -12,7 +12,8 @@ from torch import nn
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
-from .methods import PruningStep, Work, make_settings, method_named, target_of
+from .goal import Goal
+from .methods import PruningStep, Work, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.edits import Edit, edit_of
 from .model.history import History
@@ -23,7 +24,9 @@ from .settings import PruneSettings
 class Listener:
     """What happens during a run, for progress displays. All methods do nothing by default."""
 
-    def on_start(self, total_parameters: int, target: int) -> None: ...
+    def on_start(self, anatomy: Anatomy, target: int) -> None:
+        """Called once with the model as it is, and the most that it may have of its resource."""
+
     def on_progress(self, share: float) -> None: ...
     def on_step(self, step: PruningStep) -> None: ...
     def on_edit(self, edit: Edit, before: Anatomy) -> None:
@@ -36,6 +39,9 @@ def prune(
     *,
     sparsity: float | None = None,
     params: int | None = None,
+    bytes: int | None = None,
+    quantize: str | None = None,
+    kv_bytes: int | None = None,
     calibration: str | Path | CalibrationData | None = None,
     settings: PruneSettings | None = None,
     preset: str | None = None,
@@ -47,10 +53,13 @@ def prune(
 
     Args:
         model: a supported causal language model of transformers, on any device.
-        tokenizer: needed unless `calibration` is a `CalibrationData`.
+        tokenizer: needed unless `calibration` is a `CalibrationData`, and for `bytes`.
         sparsity: share of the decoder layers' parameters to remove, in [0, 1); or
-        params: parameters that the whole model may have. Either is met at or below, by less than
-            one unit (one multiple or one uniform step, where those are asked for).
+        params: parameters that the whole model may have; or
+        bytes: bytes that its GGUF file may have, stored as `quantize` says (F16 unless said); or
+        kv_bytes: bytes by which its KV cache may grow per token, in 16-bit precision. All are met
+            at or below, by less than one unit (one multiple or one uniform step, where those are
+            asked for; one block of values, in a file).
         calibration: text to score on, see `load_calibration`; default: the settings' own.
         settings: all settings at once; or a `preset` and single settings as keywords, `method`
             among them.
@@ -71,14 +80,16 @@ def prune(
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
     settings = settings or make_settings(preset, **overrides)
     _check_in_memory(model)
-    anatomy = find_anatomy(model)
-    target = target_of(settings, anatomy, sparsity, params)
+    goal = Goal(sparsity=sparsity, params=params, bytes=bytes, kv_bytes=kv_bytes, quantize=quantize)
+    goal.check_quantize()
+    anatomy = find_anatomy(model, goal.resource(tokenizer))
+    target = goal.target(settings, anatomy)
     method_named(settings.method).outline(settings, anatomy, target)  # refuses what cannot be met
     if not isinstance(calibration, CalibrationData):
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = calibration_for(model, tokenizer, settings)
-    work = Work(model, calibration, (target,), settings, group=group)
+    work = Work(model, calibration, (target,), settings, resource=anatomy.resource, group=group)
     return next(prune_to_sizes(work, tokenizer, listener))
 
 
@@ -98,7 +109,7 @@ def prune_to_sizes(
     listener = listener or Listener()
     model: Any = work.model
     _check_in_memory(model)
-    anatomy = find_anatomy(model)
+    anatomy = work.anatomy()
     before, widths_before = Size.of(anatomy), anatomy.widths
     history, steps, began = History(anatomy), [], time.perf_counter()
     previous = previous_record(model)
@@ -108,7 +119,7 @@ def prune_to_sizes(
         listener.on_edit(edit, now)
 
     work.on_progress, work.on_edit = listener.on_progress, on_edit
-    listener.on_start(before.total, work.targets[-1])
+    listener.on_start(anatomy, work.targets[-1])
     layers = list(history.layers)
     for step in method_named(work.settings.method).run(work):
         anatomy = step.anatomy
@@ -122,6 +133,8 @@ def prune_to_sizes(
                 tokenizer=tokenizer,
                 settings=work.settings,
                 target=step.target,
+                reached=anatomy.amount,
+                resource=work.resource,
                 before=before,
                 after=Size.of(anatomy),
                 widths_before=widths_before,

@@ -16,9 +16,10 @@ from ..data.mixture import Mixture, read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..methods import method_named, target_of
+from ..methods import method_named
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_config, load_model, load_tokenizer
+from ..model.resources import PARAMETERS, Resource
 from ..run import evaluation_texts, stored_dtype
 from ..settings import PruneSettings
 from .launch import first_alone
@@ -47,6 +48,9 @@ class Materials:
     stored_dtype: torch.dtype | None
     """That in which the result is written."""
     target: int
+    """The most that the model may have of what the target limits."""
+    resource: Resource
+    """What it limits."""
     phases: tuple[Phase, ...]
     data: PackedData
     calibration: CalibrationData
@@ -80,17 +84,21 @@ def training_dtype(request: AccelRequest) -> torch.dtype:
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ...]]:
-    """Parameters to reach, and the phases on the way. `model` may be on `meta`.
+def plan_phases(request: AccelRequest, model: Any) -> tuple[int, Resource, tuple[Phase, ...]]:
+    """What to reach, what that limits, and the phases on the way. `model` may be on `meta`.
 
     Raises:
         InvalidTarget, InvalidSettings: if the target or the budget makes no sense.
     """
-    anatomy = find_anatomy(model)
-    target = target_of(request.settings, anatomy, request.sparsity, request.params)
+    tokenizer = None
+    if request.bytes is not None:
+        tokenizer = load_tokenizer(request.model, request.trust_remote_code)
+    anatomy = find_anatomy(model, request.resource(tokenizer))
+    target = request.target(request.settings, anatomy)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
-    phases = make_phases(request.recovery, anatomy.total_parameters, target, request.tokens)
-    return target, phases
+    of_model = None if anatomy.resource is PARAMETERS else anatomy.total_parameters
+    phases = make_phases(request.recovery, anatomy.amount, target, request.tokens, of_model)
+    return target, anatomy.resource, phases
 
 
 def gather(
@@ -111,7 +119,7 @@ def gather(
     settings, seed = request.settings, seed_of(request)
     listener.on_prepare("reading the model")
     empty = empty_model(request.model, request.trust_remote_code)
-    target, phases = plan_phases(request, empty)
+    target, resource, phases = plan_phases(request, empty)
     check_training(request, empty, accelerator.num_processes)
     mixture = read_mixture(request.data)
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
@@ -135,6 +143,7 @@ def gather(
         dtype=training_dtype(request),
         stored_dtype=stored_dtype(empty),
         target=target,
+        resource=resource,
         phases=phases,
         data=data,
         calibration=calibration or calibration_on(data, settings, num_windows, seed),
