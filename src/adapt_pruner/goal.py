@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import InvalidSettings, InvalidTarget
@@ -70,3 +70,4 @@ class Goal:
 
 
 TARGETS = ("sparsity", "params", "bytes", "kv_bytes")
+GOAL_OPTIONS = {field.name for field in fields(Goal)}

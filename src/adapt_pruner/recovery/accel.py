@@ -37,9 +37,6 @@ def accel(
     tokens: int,
     sparsity: float | None = None,
     params: int | None = None,
-    bytes: int | None = None,
-    quantize: str | None = None,
-    kv_bytes: int | None = None,
     preset: str | None = None,
     settings: PruneSettings | None = None,
     recovery: RecoverySettings | None = None,
@@ -53,7 +50,7 @@ def accel(
         output: directory of the run; the result is loaded from it.
         data: training text or a mixture, see `read_mixture`; also the default of `calibration`.
         tokens: to train on in all.
-        sparsity, params, bytes, quantize, kv_bytes, preset: as in `prune`.
+        sparsity, params, preset: as in `prune`; other targets in `options`.
         settings: all settings of pruning at once; or single ones in `options`.
         recovery: all settings of training at once; or single ones in `options`.
         options: fields of `AccelRequest`, `RecoverySettings` or `PruneSettings` by name.
@@ -77,9 +74,6 @@ def accel(
         tokens=tokens,
         sparsity=sparsity,
         params=params,
-        bytes=bytes,
-        quantize=quantize,
-        kv_bytes=kv_bytes,
         settings=settings,
         recovery=recovery or make_recovery_settings(**{n: options[n] for n in of_training}),
         **{name: options[name] for name in of_request},

@@ -15,7 +15,7 @@ from ..model.resources import Resource
 from ..plan import EARLIER_SUMS, make_plan
 from ..result import Size
 from ..run import stored_dtype
-from .materials import check_training, plan_phases
+from .materials import check_training, limited_by, plan_phases
 from .request import AccelRequest, check_together
 from .schedule import Phase, learning_rates, settings_of_phase, tokens_per_step
 from .teacher import stored_bytes
@@ -73,7 +73,7 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     check_together(request)
     model = empty_model(request.model, request.trust_remote_code)
     anatomy = find_anatomy(model)
-    target, resource, phases = plan_phases(request, model)
+    target, phases = plan_phases(request, model)
     check_training(request, model, gpus)
     recovery, per_step = request.recovery, tokens_per_step(request.recovery)
     rate_at = learning_rates(recovery, phases[-1].end_step)
@@ -98,7 +98,7 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     return AccelPlan(
         before=Size.of(anatomy),
         target=target,
-        resource=resource,
+        resource=limited_by(request),
         phases=plans,
         tokens=tokens,
         tokens_per_step=per_step,

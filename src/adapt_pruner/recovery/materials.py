@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,6 @@ class Materials:
     """That in which the result is written."""
     target: int
     """The most that the model may have of what the target limits."""
-    resource: Resource
-    """What it limits."""
     phases: tuple[Phase, ...]
     data: PackedData
     calibration: CalibrationData
@@ -60,6 +59,11 @@ class Materials:
     """Of the order of the data."""
     num_tokens: int
     """That model and teacher both know; 0 without a teacher."""
+
+    @cached_property
+    def resource(self) -> Resource:
+        """What the target limits."""
+        return limited_by(self.request)
 
     def source(self) -> Any:
         """The source model, read if it has not been."""
@@ -84,21 +88,26 @@ def training_dtype(request: AccelRequest) -> torch.dtype:
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
-def plan_phases(request: AccelRequest, model: Any) -> tuple[int, Resource, tuple[Phase, ...]]:
-    """What to reach, what that limits, and the phases on the way. `model` may be on `meta`.
+def limited_by(request: AccelRequest) -> Resource:
+    """What the target of a run limits."""
+    tokenizer = None
+    if request.bytes is not None:
+        tokenizer = load_tokenizer(request.model, request.trust_remote_code)
+    return request.resource(tokenizer)
+
+
+def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ...]]:
+    """What to reach, and the phases on the way. `model` may be on `meta`.
 
     Raises:
         InvalidTarget, InvalidSettings: if the target or the budget makes no sense.
     """
-    tokenizer = None
-    if request.bytes is not None:
-        tokenizer = load_tokenizer(request.model, request.trust_remote_code)
-    anatomy = find_anatomy(model, request.resource(tokenizer))
+    anatomy = find_anatomy(model, limited_by(request))
     target = request.target(request.settings, anatomy)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
     of_model = None if anatomy.resource is PARAMETERS else anatomy.total_parameters
     phases = make_phases(request.recovery, anatomy.amount, target, request.tokens, of_model)
-    return target, anatomy.resource, phases
+    return target, phases
 
 
 def gather(
@@ -119,7 +128,7 @@ def gather(
     settings, seed = request.settings, seed_of(request)
     listener.on_prepare("reading the model")
     empty = empty_model(request.model, request.trust_remote_code)
-    target, resource, phases = plan_phases(request, empty)
+    target, phases = plan_phases(request, empty)
     check_training(request, empty, accelerator.num_processes)
     mixture = read_mixture(request.data)
     tokenizer = load_tokenizer(request.model, request.trust_remote_code)
@@ -143,7 +152,6 @@ def gather(
         dtype=training_dtype(request),
         stored_dtype=stored_dtype(empty),
         target=target,
-        resource=resource,
         phases=phases,
         data=data,
         calibration=calibration or calibration_on(data, settings, num_windows, seed),
