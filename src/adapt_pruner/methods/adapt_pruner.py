@@ -129,9 +129,9 @@ PRESETS = {
 
 
 def adapt_pruner(work: Work) -> Iterator[PruningStep]:
-    """Cut the model in place to at most the targets' parameters, one step per yield."""
+    """Cut the model in place to at most the targets, one step per yield."""
     settings: AdaptPrunerSettings = work.settings
-    anatomy = find_anatomy(work.model)
+    anatomy = work.anatomy()
     limits = _limits(settings, anatomy)
     check_reachable(anatomy, work.targets[-1], limits)
     importance, how = IMPORTANCES[settings.importance], work.how
@@ -141,7 +141,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
     observers = _observers(settings)
     step = 0
     for target in work.targets:
-        done = anatomy.total_parameters <= target
+        done = anatomy.amount <= target
         if done:
             yield PruningStep(step, anatomy, target=target)
         while not done:
@@ -273,9 +273,9 @@ def _schedule(
     sizes = sizes_after_steps(anatomy, targets[-1], settings.steps)
 
     def by_rank(removal: Removal, target: int, statistics: Statistics) -> bool:
-        size = next(size for size in sizes if size < removal.anatomy.total_parameters)
+        size = next(size for size in sizes if size < removal.anatomy.amount)
         remove_ranked(removal, max(size, target))
-        is_met = removal.parameters <= target
+        is_met = removal.amount <= target
         if is_met:
             remove_ranked(removal, target)
         return is_met
@@ -286,13 +286,12 @@ def _schedule(
 def outline(settings: AdaptPrunerSettings, anatomy: Anatomy, target: int) -> Outline:
     """With the adaptive rule all sizes but the last are approximate."""
     check_reachable(anatomy, target, _limits(settings, anatomy))
-    removed, sizes = anatomy.total_parameters - target, []
+    removed, sizes = anatomy.amount - target, []
     if removed and settings.allocation == "adaptive":
-        steps = max(1, math.ceil(settings.steps * removed / anatomy.layer_parameters))
-        share = anatomy.layer_parameters / settings.steps
-        sizes = [
-            max(target, round(anatomy.total_parameters - share * (i + 1))) for i in range(steps)
-        ]
+        inside = anatomy.amount - anatomy.cost.outside
+        steps = max(1, math.ceil(settings.steps * removed / inside))
+        share = inside / settings.steps
+        sizes = [max(target, round(anatomy.amount - share * (i + 1))) for i in range(steps)]
     elif removed:
         sizes = sizes_after_steps(anatomy, target, settings.steps)
     tuned = settings.tuning_steps * Tuning.windows_per_step * TUNING_WINDOW
