@@ -6,7 +6,7 @@ The mixes of the K types follow llama.cpp's own quantiser: tensors that matter m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ from gguf import GGMLQuantizationType as T
 from torch import Tensor, bfloat16, float16, float32
 
 from ..errors import InvalidSettings, MissingExtra, near_match
-from .tensors import FileTensor
 
 
 @dataclass(frozen=True)
@@ -146,26 +145,27 @@ def block_size(kind: T) -> int:
 
 
 def choose_type(
-    kind: FileType, tensor: FileTensor, place: TensorPlace, is_head: bool
+    kind: FileType, name: str, shape: Sequence[int], place: TensorPlace, is_head: bool
 ) -> tuple[T, T]:
     """The type that a tensor should have, and the one that its row length allows."""
-    if len(tensor.shape) < 2 or tensor.name.endswith("norm.weight"):
+    if len(shape) < 2 or name.endswith("norm.weight"):
         return T.F32, T.F32
+    row_length = shape[-1]
     wanted = kind.rule(place) or kind.base
     if is_head and kind.head is not None:
-        wanted = kind.head if tensor.row_length % block_size(kind.base) == 0 else T.Q8_0
+        wanted = kind.head if row_length % block_size(kind.base) == 0 else T.Q8_0
     found = wanted
-    if tensor.row_length % block_size(found):
+    if row_length % block_size(found):
         found = FALLBACK.get(found, T.F16)
-    if tensor.row_length % block_size(found):
+    if row_length % block_size(found):
         found = T.F16
     return wanted, found
 
 
-def tensor_place(tensor: FileTensor, heads: list[tuple[int, int]]) -> TensorPlace:
+def tensor_place(name: str, heads: Sequence[tuple[int, int]]) -> TensorPlace:
     """Where a tensor of the file stands; `heads` are the query and KV heads of every layer."""
-    match = re.match(r"blk\.(\d+)\.([a-z_0-9]+)\.", tensor.name)
-    part, layer = (match[2], int(match[1])) if match else (tensor.name.split(".")[0], 0)
+    match = re.match(r"blk\.(\d+)\.([a-z_0-9]+)\.", name)
+    part, layer = (match[2], int(match[1])) if match else (name.split(".")[0], 0)
     most = max((query // kv for query, kv in heads if kv), default=1)
     return TensorPlace(part, layer, len(heads), most)
 
@@ -191,11 +191,10 @@ def _viewable(dtype):
     return int16 if dtype is bfloat16 else dtype
 
 
-def num_bytes(tensor: FileTensor, kind: T) -> int:
-    """What a tensor takes in a file."""
+def num_bytes(num_values: int, kind: T) -> int:
+    """What whole rows of values take in a file."""
     block, size = GGML_QUANT_SIZES[kind]
-    values = int(np.prod(tensor.shape))
-    return values // block * size
+    return num_values // block * size
 
 
 def _quantiser():

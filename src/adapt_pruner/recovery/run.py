@@ -137,11 +137,13 @@ class Run:
         seed = self.materials.seed * 1_000_003 + phase.number
         torch.manual_seed(seed)
         layers = list(self.history.layers)
+        resource = self.materials.resource
+        amount = min(phase.amount, find_anatomy(self.model, resource).amount)
         with set_aside(self.materials.teacher):
             result = prune(
                 self.model,
                 self.materials.tokenizer,
-                params=min(phase.parameters, find_anatomy(self.model).total_parameters),
+                **resource.goal(amount),
                 calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
                 settings=settings_of_phase(request.settings, len(self.phases)),
                 listener=Following(self.listener.pruning, self._follow),
