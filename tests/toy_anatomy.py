@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adapt_pruner.allocate.chains import Limits, Removal, build_chains, remove_ranked
+from adapt_pruner.allocate.chains import Limits, Removal, build_chains
+from adapt_pruner.allocate.ranking import remove_ranked
 from adapt_pruner.model.resources import PARAMETERS
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from ..model.anatomy import Anatomy
 from ..model.axes import WHOLE_MODEL
-from .chains import Removal, remove_ranked, tighten
+from .chains import Removal
+from .ranking import remove_ranked, tighten
 
 
 def sizes_after_steps(anatomy: Anatomy, target: int, steps: int) -> list[int]:

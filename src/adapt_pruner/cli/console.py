@@ -53,7 +53,7 @@ def hush_libraries() -> None:
     import transformers
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
-    # Said aloud, so that it does not warn of forks: this program makes none that tokenise.
+    # Set explicitly, so that tokenizers do not warn of forks: no fork of this program tokenises.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -287,8 +287,8 @@ def named_model(model: str | None, output: Path | None, dry_run: bool) -> str:
 
 
 def check_before(models: Sequence[str], file: Path | None, trust_remote_code: bool) -> None:
-    """Raise now what would end a measurement later: a file that cannot be written, and models that
-    there are not or that are no causal ones."""
+    """Raise now what would end a measurement later: a file that cannot be written, a model that
+    does not exist or is no causal language model."""
     from ..files import check_file
     from ..model.loading import check_causal, load_config
 

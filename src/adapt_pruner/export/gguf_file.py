@@ -22,7 +22,7 @@ from ..result import PruningResult
 from .commands import GgufCommands
 from .layout import Layout, find_layout
 from .metadata import add_general, add_hyperparameters, read_card
-from .quantise import FileType, block_size, choose_type, encode, file_type, num_bytes, place_of
+from .quantise import FileType, block_size, choose_type, encode, file_type, num_bytes, tensor_place
 from .tensors import FileTensor, plan_tensors
 from .vocabulary import add_tokenizer
 from .weights import Weights, open_weights, weights_of
@@ -210,7 +210,11 @@ def _choose_types(weights: Weights, layout: Layout, kind: FileType) -> list[_Sto
         _Stored(
             tensor,
             *choose_type(
-                kind, tensor.name, tensor.shape, place_of(tensor.name, heads), tensor.name == head
+                kind,
+                tensor.name,
+                tensor.shape,
+                tensor_place(tensor.name, heads),
+                is_head=tensor.name == head,
             ),
         )
         for tensor in plan_tensors(weights, layout)

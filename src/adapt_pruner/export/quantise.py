@@ -18,7 +18,7 @@ from ..errors import InvalidSettings, MissingExtra, near_match
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a matrix stands in the model."""
 
     part: str
@@ -40,7 +40,7 @@ class Place:
         )
 
 
-Rule = Callable[[Place], T | None]
+Rule = Callable[[TensorPlace], T | None]
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class FileType:
     """Type of the head, or of the embeddings where they are the head; None: as the others."""
 
 
-def _q2_k(place: Place) -> T | None:
+def _q2_k(place: TensorPlace) -> T | None:
     if place.part == "attn_v":
         return T.Q4_K if place.num_groups >= 4 else T.Q3_K
     return T.Q3_K if place.part in ("ffn_down", "attn_output") else None
 
 
-def _q3_k_m(place: Place) -> T | None:
+def _q3_k_m(place: TensorPlace) -> T | None:
     if place.part == "attn_v":
         return T.Q5_K if place.layer < 2 else T.Q4_K
     if place.part == "ffn_down":
@@ -69,25 +69,25 @@ def _q3_k_m(place: Place) -> T | None:
     return T.Q4_K if place.part in ("attn_output", "attn_qkv") else None
 
 
-def _q3_k_l(place: Place) -> T | None:
+def _q3_k_l(place: TensorPlace) -> T | None:
     if place.part == "attn_qkv":
         return T.Q4_K
     return T.Q5_K if place.part in ("attn_v", "ffn_down", "attn_output") else None
 
 
-def _q4_k_s(place: Place) -> T | None:
+def _q4_k_s(place: TensorPlace) -> T | None:
     if place.part == "attn_v" and place.layer < 4:
         return T.Q5_K
     return T.Q5_K if place.part == "ffn_down" and place.layer < place.num_layers // 8 else None
 
 
-def _q4_k_m(place: Place) -> T | None:
+def _q4_k_m(place: TensorPlace) -> T | None:
     if place.part == "attn_qkv":
         return T.Q5_K
     return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.gets_more_bits else None
 
 
-def _q5_k_m(place: Place) -> T | None:
+def _q5_k_m(place: TensorPlace) -> T | None:
     if place.part == "attn_qkv":
         return T.Q6_K
     return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.gets_more_bits else None
@@ -145,7 +145,7 @@ def block_size(kind: T) -> int:
 
 
 def choose_type(
-    kind: FileType, name: str, shape: Sequence[int], place: Place, is_head: bool
+    kind: FileType, name: str, shape: Sequence[int], place: TensorPlace, is_head: bool
 ) -> tuple[T, T]:
     """The type that a tensor should have, and the one that its row length allows."""
     if len(shape) < 2 or name.endswith("norm.weight"):
@@ -162,12 +162,12 @@ def choose_type(
     return wanted, found
 
 
-def place_of(name: str, heads: Sequence[tuple[int, int]]) -> Place:
+def tensor_place(name: str, heads: Sequence[tuple[int, int]]) -> TensorPlace:
     """Where a tensor of the file stands; `heads` are the query and KV heads of every layer."""
     match = re.match(r"blk\.(\d+)\.([a-z_0-9]+)\.", name)
     part, layer = (match[2], int(match[1])) if match else (name.split(".")[0], 0)
     most = max((query // kv for query, kv in heads if kv), default=1)
-    return Place(part, layer, len(heads), most)
+    return TensorPlace(part, layer, len(heads), most)
 
 
 _FLOATS = {T.F32: (float32, np.float32), T.F16: (float16, np.float16), T.BF16: (bfloat16, np.int16)}

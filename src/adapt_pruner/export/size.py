@@ -36,7 +36,7 @@ from ..model.axes import (
 from .architectures import PER_LAYER
 from .gguf_file import begin_file, multiple_of
 from .layout import ZERO_NEURONS, find_layout
-from .quantise import FileType, Place, choose_type, file_type, num_bytes, place_of
+from .quantise import FileType, TensorPlace, choose_type, file_type, num_bytes, tensor_place
 from .rope import rope_factors
 from .tensors import BLOCK_NAME, file_names
 from .weights import weights_of
@@ -157,7 +157,7 @@ class _FileCost:
 
     def _outer(self, sizes: Sizes) -> Iterator[Any]:
         for name, parameter in self.outer.items():
-            yield self._bytes(name, self.count.shape(parameter, sizes), place_of(name, []))
+            yield self._bytes(name, self.count.shape(parameter, sizes), tensor_place(name, []))
 
     def _layer(
         self, layer: int, place: int, heads: list[tuple[int, int]], sizes: Sizes, is_fused: bool
@@ -172,7 +172,7 @@ class _FileCost:
         shapes = self._shapes(layer, place, own, is_fused)
         where = [(most, 1)] * len(heads)
         found = sum(
-            self._bytes(f"blk.{place}.{name}", shape, place_of(f"blk.{place}.{name}", where))
+            self._bytes(f"blk.{place}.{name}", shape, tensor_place(f"blk.{place}.{name}", where))
             for name, shape in shapes.items()
         )
         if not tried:
@@ -207,7 +207,7 @@ class _FileCost:
             shapes["attn_qkv.weight"] = [sum(rows for rows, _ in parts), hidden]
         return shapes
 
-    def _bytes(self, name: str, shape: list[Any], place: Place) -> Any:
+    def _bytes(self, name: str, shape: list[Any], place: TensorPlace) -> Any:
         described = 24 + len(name.encode()) + 8 * len(shape)
         if len(shape) < 2:
             return described + _padded(4 * shape[0])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModel
 from .architectures import GgufArchitecture
-from .layout import Layer, Layout
+from .layout import FileLayer, Layout
 from .rope import rope_factors
 from .weights import Weights
 
@@ -85,7 +85,7 @@ def file_names(weights: Weights, own: GgufArchitecture) -> dict[str, str]:
 
 
 def _finish(
-    parts: dict[str, FileTensor], layer: Layer, layout: Layout, hidden_size: int
+    parts: dict[str, FileTensor], layer: FileLayer, layout: Layout, hidden_size: int
 ) -> dict[str, FileTensor]:
     """The tensors of one layer as the file's architecture wants them."""
     if layer.heads == 0:

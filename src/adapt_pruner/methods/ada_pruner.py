@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..allocate.chains import Limits, Removal, Scores, build_chains, remove_ranked
+from ..allocate.chains import Limits, Removal, Scores, build_chains
+from ..allocate.ranking import remove_ranked
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs

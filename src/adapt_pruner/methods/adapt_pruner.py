@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..allocate.chains import Limits, Removal, build_chains, remove_ranked
+from ..allocate.chains import Limits, Removal, build_chains
+from ..allocate.ranking import hold_back, remove_ranked
 from ..allocate.schedules import AdaptiveSchedule, sizes_after_steps
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
@@ -273,12 +274,16 @@ def _schedule(
     sizes = sizes_after_steps(anatomy, targets[-1], settings.steps)
 
     def by_rank(removal: Removal, target: int, statistics: Statistics) -> bool:
-        size = next(size for size in sizes if size < removal.anatomy.amount)
-        remove_ranked(removal, max(size, target))
-        is_met = removal.amount <= target
-        if is_met:
-            remove_ranked(removal, target)
-        return is_met
+        now = removal.amount
+        for size in [max(size, target) for size in sizes if size < now]:
+            remove_ranked(removal, size)
+            if removal.amount <= target:
+                remove_ranked(removal, target)
+                return True
+            hold_back(removal)
+            if removal.amount < now:
+                break  # else nothing may go yet, and a larger step is taken
+        return False
 
     return by_rank
 

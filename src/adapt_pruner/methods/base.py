@@ -55,8 +55,8 @@ class Work:
         return lambda done: self.on_progress(done / num_windows)
 
     def decide(self, decision: Decision) -> Decision:
-        """What the first process found. To be called with all that hangs on computed figures, such
-        as which units stay and whether the target is met, before anything depends on it."""
+        """What the first process found. Call it with everything that depends on computed figures,
+        such as which units stay and whether the target is met, before it is used."""
         return decided_by_first(decision, self.group)
 
     def apply(self, edit: Edit) -> Anatomy:

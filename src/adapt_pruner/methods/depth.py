@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..allocate.chains import Limits, Removal, build_chains, remove_ranked, units_alike
+from ..allocate.chains import Limits, Removal, build_chains, units_alike
+from ..allocate.ranking import remove_ranked
 from ..allocate.target import check_reachable
 from ..errors import InvalidSettings, InvalidTarget
 from ..limits import Layer

@@ -21,9 +21,9 @@ from ..allocate.chains import (
     Removal,
     Scores,
     build_chains,
-    remove_ranked,
     units_alike,
 )
+from ..allocate.ranking import remove_ranked
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..compensate.bias import add_means, without_bias

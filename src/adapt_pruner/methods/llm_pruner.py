@@ -17,9 +17,9 @@ from ..allocate.chains import (
     Removal,
     Scores,
     build_chains,
-    remove_ranked,
     units_alike,
 )
+from ..allocate.ranking import remove_ranked
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..errors import InvalidSettings
@@ -136,7 +136,7 @@ def _importance(settings: LLMPrunerSettings) -> Importance:
 
 
 def _sizes(settings: LLMPrunerSettings, anatomy: Anatomy, target: int) -> list[int]:
-    """What is left after each step, of which each removes as much."""
+    """What is left after each step; every step removes equally much."""
     total, steps = anatomy.amount, settings.iterative_steps
     sizes = [total - (total - target) * step // steps for step in range(1, steps + 1)]
     return sizes if target < total else []

@@ -152,7 +152,7 @@ def calibration_loss(model: Any, windows_BT: Tensor, micro_batch_size: int | Non
     return loss
 
 
-def scores_of(axes: Sequence[Axis], norms: ActivationNorms, distance: LayerDistance) -> Scores:
+def unit_scores(axes: Sequence[Axis], norms: ActivationNorms, distance: LayerDistance) -> Scores:
     """Importance of every unit, higher = keep. Of a layer it is its block influence, 1 - cos."""
     return {
         axis.key: torch.tensor([1 + distance.distance[axis.layer]])
@@ -178,7 +178,7 @@ def minitron(work: Work) -> Iterator[PruningStep]:
         work.model, anatomy, windows_BT, observers, axes=axes, how=work.how,
         on_progress=work.progress_of(len(windows_BT)),
     ):  # fmt: skip
-        scores = scores_of(axes, norms, distance)
+        scores = unit_scores(axes, norms, distance)
     collected = time.perf_counter()
     order = sorted(range(len(anatomy.layers)), key=distance.distance.__getitem__)
     tried = _spread(shapes.fitting(target, order), settings.candidates)

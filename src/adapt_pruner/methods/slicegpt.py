@@ -102,7 +102,7 @@ class Stream:
             self._enter(work.model, anatomy, batch_BT)
 
     def _enter(self, model: Any, anatomy: Anatomy, batch_BT: Tensor) -> None:
-        """Take up what enters the first layer."""
+        """Keep what enters the first layer."""
         is_known = len(batch_BT) in self.arguments
         seen: list[dict[str, Any]] = []
 
@@ -128,12 +128,12 @@ class Stream:
         self.arguments[len(batch_BT)] = seen
 
     def advance(self, run: Callable[[Tensor, list[dict[str, Any]]], Tensor]) -> None:
-        """Replace the stream by `run` of it."""
+        """Replace the stream by what `run` makes of it."""
         for j, x_BTD in enumerate(self.batches):
             self.batches[j] = run(x_BTD, self.arguments[len(x_BTD)]).cpu()
 
     def project(self, basis_DK: Tensor) -> None:
-        """Leave of the stream what lies in a basis."""
+        """Keep the part of the stream that lies in a basis."""
         for j, x_BTD in enumerate(self.batches):
             basis = basis_DK.to(x_BTD)
             self.batches[j] = x_BTD @ basis @ basis.T

@@ -274,8 +274,8 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
 
 @torch.no_grad()
 def reference_losses(materials: Materials) -> dict[str, float]:
-    """Loss of the source model on some windows of each domain, in nats per token; those that the
-    mixture states stand."""
+    """Loss of the source model on some windows of each domain, in nats per token. Losses that the
+    mixture states are taken as they are."""
     device, sampler = materials.accelerator.device, materials.sampler()
     stated, losses = materials.data.mixture.reference_losses, {}
     for i, domain in enumerate(materials.data.domains):

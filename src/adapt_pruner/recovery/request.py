@@ -1,4 +1,4 @@
-"""What is asked of a run of Adapt-Accel, and what is heard of it."""
+"""What a user asks of a run of Adapt-Accel, and what a run reports."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ _NUMBERS: dict[str, Any] = {
 
 
 def check_together(request: AccelRequest) -> None:
-    """Raise InvalidSettings for what cannot be asked for, or not together."""
+    """Raise InvalidSettings for values that cannot be asked for, alone or together."""
     recovery, settings = request.recovery, request.settings
     request.check_quantize()
     for name, kind in _NUMBERS.items():

@@ -310,7 +310,8 @@ class Run:
 
 
 class Following(Listener):
-    """Hears of a cut for a display, and takes along what depends on the model's structure."""
+    """Passes a cut on to the display, and changes everything that depends on the model's structure
+    with it."""
 
     def __init__(self, display: Listener, follow: Callable[[Edit, Anatomy], None]):
         self.on_start, self.on_progress = display.on_start, display.on_progress
