@@ -20,6 +20,8 @@ from .score.collect import micro_batch_size
 from .score.observers import Fisher, Gram, Observer, matrices
 from .settings import PruneSettings
 
+PROGRAM = 400_000_000
+"""Bytes that Python takes with torch and transformers loaded."""
 EARLIER_SUMS = "Gram matrices of earlier steps"
 
 
@@ -102,6 +104,8 @@ def _memory(
     axes = _axes(anatomy, settings)
     prunable = sum(matrix.numel() for matrix in matrices(axes))
     memory = {"weights": anatomy.total_parameters * size}
+    if torch.device(device).type == "cpu":
+        memory["the program itself"] = PROGRAM
     if any(observer.needs_weight_gradients for observer in observers):
         memory["weight gradients"] = prunable * size
     if any(isinstance(observer, Fisher) for observer in observers):
