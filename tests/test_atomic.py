@@ -269,3 +269,13 @@ def test_errors_of_the_program_stay_what_they_are(result, existing, monkeypatch)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         result.save(existing, overwrite=True)
     assert is_untouched(existing)
+
+
+def test_what_a_search_left_half_written_inside_another_goes(tmp_path):
+    place = tmp_path / "out"
+    left = [".out.partial-0123abcd", "..out.partial-0123abcd.partial-4567cdef"]
+    kept = ["..out.partial-0123abcd", ".outer.partial-0123abcd", "out"]
+    for name in (*left, *kept):
+        (tmp_path / name).mkdir()
+    durable.recover(place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -115,16 +115,20 @@ def _renameat2():
 def recover(place: Path) -> None:
     """Put in order what a killed process left at `place`: an old directory gets its name back if
     nothing has it, and what was half-written goes. Nobody else may be at work there."""
-    pattern = re.compile(rf"\.{re.escape(place.name)}\.(old|partial)-[0-9a-f]{{8}}")
+    mark = r"\.(old|partial)-[0-9a-f]{8}"
+    of_place = re.compile(rf"\.{re.escape(place.name)}{mark}")
+    inside = re.compile(rf"\.\.{re.escape(place.name)}{mark}{mark}")  # written into a partial one
     try:
-        left = [entry for entry in place.parent.iterdir() if pattern.fullmatch(entry.name)]
+        entries = list(place.parent.iterdir())
     except OSError:
         return
+    left = [entry for entry in entries if of_place.fullmatch(entry.name)]
     old = [entry for entry in left if ".old-" in entry.name]
     if old and not os.path.lexists(place):
         newest = max(old, key=lambda entry: entry.stat().st_ctime_ns)
         os.replace(newest, place)
         left.remove(newest)
+    left += [entry for entry in entries if inside.fullmatch(entry.name)]
     for entry in left:
         remove(entry)
 
