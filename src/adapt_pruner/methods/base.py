@@ -34,6 +34,8 @@ class Work:
     """Called during a step with the share of its calibration windows done."""
     on_edit: Callable[[Edit, Anatomy], None] = lambda edit, before: None
     """Called before an edit changes the model."""
+    masks: Any = None
+    """Trained `Masks`, for a method that cuts by them; None: it trains its own."""
     group: Any = None
     """Processes that prune the same model and share the calibration windows; None: this one."""
 

@@ -75,7 +75,7 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     rate_at = learning_rates(recovery, phases[-1].end_step)
     teacher = _empty_teacher(request, model)
     taught = count_parameters(teacher) if teacher else 0
-    memory = [_training_memory(request, model, p.parameters, gpus, teacher) for p in phases]
+    memory = [_training_memory(request, model, p.trained, gpus, teacher) for p in phases]
     plans = tuple(
         PhasePlan(
             phase,
@@ -121,7 +121,7 @@ def _empty_teacher(request: AccelRequest, model: Any) -> Any:
 def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float:
     """6 per weight: 2 forward, 4 backward; 8 if layers are recomputed; 2 more per teacher's."""
     factor = 8 if request.settings.gradient_checkpointing else 6
-    return factor * phase.parameters + 2 * teacher
+    return factor * phase.trained + 2 * teacher
 
 
 def _pruning_memory(request: AccelRequest, model: Any, phases: Sequence[Phase]) -> dict[str, int]:

@@ -89,7 +89,10 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
     anatomy = find_anatomy(model)
     target = target_of(request.settings, anatomy, request.sparsity, request.params)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
-    phases = make_phases(request.recovery, anatomy.total_parameters, target, request.tokens)
+    mask_share = getattr(request.settings, "mask_share", 0.0)
+    phases = make_phases(
+        request.recovery, anatomy.total_parameters, target, request.tokens, mask_share
+    )
     return target, phases
 
 

@@ -32,10 +32,22 @@ class Phase:
     first_step: int
     """Optimizer steps taken before this phase."""
     steps: int
+    masked: int | None = None
+    """Where the steps come first and train masks by which the cut is then made: parameters of the
+    model that is masked."""
 
     @property
     def end_step(self) -> int:
         return self.first_step + self.steps
+
+    @property
+    def trains_masks(self) -> bool:
+        return self.masked is not None
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the model that the steps train."""
+        return self.masked or self.parameters
 
 
 def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
@@ -51,7 +63,7 @@ def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
 
 
 def make_phases(
-    settings: RecoverySettings, before: int, target: int, tokens: int
+    settings: RecoverySettings, before: int, target: int, tokens: int, mask_share: float = 0.0
 ) -> tuple[Phase, ...]:
     """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, in whole optimizer
     steps, at least one per phase.
@@ -62,11 +74,13 @@ def make_phases(
     Args:
         before, target: parameters of the whole model, P_0 and P_T.
         tokens: training tokens of all phases.
+        mask_share: of them, those that train masks (Sheared-LLaMA); there are then two phases.
 
     Raises:
         InvalidSettings: if the tokens are too few for one step per phase.
     """
-    count = count_phases(settings, before, target)
+    with_masks = mask_share > 0 and target < before
+    count = 2 if with_masks else count_phases(settings, before, target)
     total_steps = tokens // tokens_per_step(settings)
     if total_steps < count:
         raise InvalidSettings(
@@ -74,6 +88,9 @@ def make_phases(
             f"{count} phases need at least one each. Give more --tokens, a smaller --batch-tokens "
             "or fewer --phases."
         )
+    if with_masks:
+        first = min(max(1, round(mask_share * total_steps)), total_steps - 1)
+        return Phase(1, target, 0, first, before), Phase(2, target, first, total_steps - first)
     steps = _apportion(_shares(settings, count), total_steps)
     phases = []
     for j in range(1, count + 1):
