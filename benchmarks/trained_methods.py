@@ -39,7 +39,7 @@ SYSTEMS = {  # name: (settings, training)
     ),
     "minitron, teacher corrected": (
         {"method": "minitron"},
-        {**STEPS, "phases": 1, "alpha": 1.0, "temperature": 1.0, "teacher_tokens": 0.25},
+        {**STEPS, "phases": 1, "alpha": 1.0, "temperature": 1.0, "teacher_tokens": 100_000},
     ),
 }
 RECOVERY = {
@@ -122,10 +122,9 @@ def report(cells: dict, arguments, names: list[str]) -> None:
             continue
         found = [cell["perplexity"] for cell in runs]
         spread = f" ± {statistics.stdev(found):.2g}" if len(found) > 1 else ""
-        seconds = statistics.mean(cell["seconds"] for cell in runs)
-        print(
-            f"| {name} | {statistics.mean(found):.4g}{spread} | {runs[0]['parameters']:,} | {seconds:.0f} |"
-        )
+        seconds = f"{statistics.mean(cell['seconds'] for cell in runs):.0f}"
+        mean, size = f"{statistics.mean(found):.4g}{spread}", f"{runs[0]['parameters']:,}"
+        print(f"| {name} | {mean} | {size} | {seconds} |")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,11 @@ def check_together(request: AccelRequest) -> None:
         )
     if method_named(settings.method).needs == "training":
         _check_masks(settings.method, recovery)
+    if recovery.teacher_tokens and not recovery.alpha:
+        raise InvalidSettings(
+            "teacher_tokens: with alpha 0 there is no teacher; give --alpha 1, say, or "
+            "leave it out."
+        )
     if not recovery.lora_rank:
         return
     if recovery.sharding == "fsdp2":
