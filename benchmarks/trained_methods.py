@@ -39,7 +39,7 @@ SYSTEMS = {  # name: (settings, training)
     ),
     "minitron, teacher corrected": (
         {"method": "minitron"},
-        {**STEPS, "phases": 1, "alpha": 1.0, "temperature": 1.0, "teacher_tokens": 100_000},
+        {**STEPS, "phases": 1, "alpha": 1.0, "temperature": 1.0, "teacher_tokens": 259_072},
     ),
 }
 RECOVERY = {
