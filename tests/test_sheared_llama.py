@@ -21,8 +21,10 @@ from adapt_pruner.methods.shaped import shapes_for
 from adapt_pruner.methods.sheared_llama import chosen_shape, make_masks
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.model.edits import Cut
+from adapt_pruner.plan import TRAINING, make_plan
 from adapt_pruner.recovery import training
 from adapt_pruner.recovery.accel import run_accel
+from adapt_pruner.recovery.estimate import plan_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
 from masking import mask
@@ -256,7 +258,39 @@ def test_masks_then_the_cut_then_training(sheared, any_masks, tmp_path):
     assert [phase["parameters"] for phase in result.training["phases"]] == [result.after.total] * 2
 
 
-@pytest.mark.parametrize("step", [3, 25, 40, 41])
+def test_domains_are_weighed_while_masks_train_and_after(sheared, any_masks, text_file, tmp_path):
+    hard = tmp_path / "hard.txt"
+    hard.write_text("\n<|endoftext|>\n".join(["qzxj kvw " * 40] * 30))
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(
+        "policy: dynamic\nreference_losses: {easy: 20, hard: 0.1}\nsources:\n"
+        f"- {{name: easy, path: '{text_file}', weight: 1}}\n"
+        f"- {{name: hard, path: '{hard}', weight: 1}}\n"
+    )
+    recovery = sheared.recovery.model_copy(update={"reweight_every": 2})
+    finish(replace(sheared, data=str(mixture), recovery=recovery, tokens=9 * 64), tmp_path / "run")
+    lines = logged(tmp_path / "run")
+    assert [line["phase"] for line in lines] == [1] * 6 + [2] * 3
+    shares = [line["weight/hard"] for line in lines]
+    assert 0.5 == shares[0] < shares[5] <= shares[8]
+
+
+def test_a_plan_counts_the_training(sheared):
+    """Of prune: gradients and moments, and time for every step. Of accel: the whole model first."""
+    anatomy = find_anatomy(build("llama", torch.float32))
+    few, many = (
+        make_plan(anatomy.model, make_settings(method="sheared-llama", steps=steps), 0.4)
+        for steps in (10, 1000)
+    )
+    assert many.seconds > 20 * few.seconds
+    assert few.memory_bytes[TRAINING] == 3 * 4 * anatomy.total_parameters
+    plan = plan_accel(sheared)
+    first, second = plan.phases
+    per_token = [phase.flops / phase.tokens for phase in (first, second)]
+    assert per_token[0] / per_token[1] == pytest.approx(plan.before.total / plan.target, rel=0.01)
+
+
+@pytest.mark.parametrize("step", [25, 41])
 def test_killed_while_masks_train_it_goes_on_to_the_same_weights(
     sheared, any_masks, tmp_path, step
 ):

@@ -19,6 +19,7 @@ from .score.observers import Fisher, Gram, Observer, matrices
 from .settings import PruneSettings
 
 EARLIER_SUMS = "Gram matrices of earlier steps"
+TRAINING = "gradients and moments of weights in training"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def make_plan(
     outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)
     memory = _memory(anatomy, settings, outline.observers, dtype, device)
+    if outline.trains_weights:
+        memory[TRAINING] = 3 * memory["weights"]
     starts = [before.total, *outline.sizes[:-1]][: len(outline.sizes)]
     flops = sum(
         _step_flops(anatomy, settings, outline.observers, size / before.total) for size in starts

@@ -89,7 +89,9 @@ class Outline:
     observers: list[Observer] = field(default_factory=list)
     """Of every step."""
     tuned_tokens: int = 0
-    """That the model is run over forward and backward after the last step."""
+    """That the model is run over forward and backward besides the steps."""
+    trains_weights: bool = False
+    """Whether all weights have gradients and an optimizer's moments meanwhile."""
 
 
 def _no_size(settings: PruneSettings, anatomy: Anatomy) -> int | None:

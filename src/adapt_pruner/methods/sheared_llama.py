@@ -142,7 +142,8 @@ def _train(work: Work, anatomy: Anatomy, masks: Masks) -> float:
 def _gradients(work: Work, masks: Masks, windows_BT: Tensor) -> float:
     """Leave those of the mean loss and the penalty in `.grad`. Returns the loss, in nats."""
     model: Any = work.model
-    rank, processes = share_of(work.group)
+    group = work.group if share_of(work.group)[1] <= len(windows_BT) else None
+    rank, processes = share_of(group)
     own_BT, device = windows_BT[rank::processes], model.get_input_embeddings().weight.device
     size = micro_batch_size(work.how.micro_batch_size, windows_BT.shape[1], device.type, [])
     num_labels = len(windows_BT) * (windows_BT.shape[1] - 1)
@@ -156,7 +157,7 @@ def _gradients(work: Work, masks: Masks, windows_BT: Tensor) -> float:
             total += loss.detach() / num_labels
         (masks.penalty() / processes).backward()
     found = [p.grad for p in model.parameters() if p.grad is not None]
-    add_up([total, *found], work.group)
+    add_up([total, *found], group)
     if not math.isfinite(float(total)) or not all(torch.isfinite(g).all() for g in found):
         raise NonFiniteError(
             f"The loss of the masked model or its gradient is NaN or infinite ({float(total):g}) "
@@ -172,9 +173,8 @@ def outline(settings: ShearedLlamaSettings, anatomy: Anatomy, target: int) -> Ou
     if anatomy.total_parameters <= target:
         return Outline([])
     shapes_for(settings, anatomy, target)
-    return Outline(
-        [target], tuned_tokens=settings.steps * settings.windows * settings.window_length
-    )
+    tokens = settings.steps * settings.windows * settings.window_length
+    return Outline([target], tuned_tokens=tokens, trains_weights=settings.weight_learning_rate > 0)
 
 
 METHOD = Method(

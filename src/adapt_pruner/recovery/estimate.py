@@ -10,7 +10,7 @@ import torch
 
 from ..model.anatomy import count_parameters, find_anatomy
 from ..model.loading import empty_model
-from ..plan import EARLIER_SUMS, make_plan
+from ..plan import EARLIER_SUMS, TRAINING, make_plan
 from ..result import Size
 from ..run import stored_dtype
 from .materials import check_training, plan_phases
@@ -125,12 +125,13 @@ def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float
 
 
 def _pruning_memory(request: AccelRequest, model: Any, phases: Sequence[Phase]) -> dict[str, int]:
-    """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory."""
+    """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory, and
+    masks train in a phase."""
     settings = settings_of_phase(request.settings, len(phases))
     plan = make_plan(
         model, settings, params=phases[0].parameters, dtype=_dtype(request)
     ).memory_bytes
-    return {part: size for part, size in plan.items() if part != EARLIER_SUMS}
+    return {part: size for part, size in plan.items() if part not in (EARLIER_SUMS, TRAINING)}
 
 
 def _training_memory(
