@@ -103,7 +103,7 @@ def test_masks_reach_their_shape_and_are_cut_exactly_to_it():
     anatomy = find_anatomy(build("llama", torch.float32))
     torch.manual_seed(0)
     masks = Masks(anatomy, SHAPE)
-    optimizer = torch.optim.AdamW(masks.parameter_groups(), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(masks.parameter_groups())
     steps = 800
     for step in range(steps):
         masks.share = step / steps

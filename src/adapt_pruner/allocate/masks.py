@@ -41,6 +41,8 @@ WARMUP, FINAL_RATE = 0.1, 0.1
 this share of it."""
 RAMP = 0.2
 """Over this share of the steps the sparsity that is asked for rises from 0 (640 of 3200 steps)."""
+BETAS = (0.9, 0.95)
+"""AdamW's, as published."""
 TOLERANCE = 0.05
 """Share of units by which masks may be off at the end; a cut would otherwise be one of others."""
 
@@ -150,7 +152,7 @@ class Masks(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For AdamW; `rate` is their learning rate, and the multipliers ascend."""
         own, multipliers = list(self.log_alpha.values()), list(self.multipliers.values())
-        same = {"weight_decay": 0.0, "lr": self.learning_rate, "of_masks": True}
+        same = {"weight_decay": 0.0, "lr": self.learning_rate, "betas": BETAS, "of_masks": True}
         return [
             {"params": own, **same},
             {"params": multipliers, "maximize": True, **same},

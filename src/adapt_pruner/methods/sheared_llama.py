@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..allocate.masks import Masks
+from ..allocate.masks import BETAS, Masks
 from ..allocate.shapes import Shape, Shapes
 from ..errors import NonFiniteError
 from ..limits import LearningRate, LearningRateOrZero, PartBelowOne, Steps
@@ -32,8 +32,8 @@ from ..settings import with_defaults
 from .base import Method, Outline, PruningStep, Work
 from .shaped import CAN_CUT, ShapedSettings, shapes_for, size_of_shape
 
-BETAS, LARGEST_NORM = (0.9, 0.95), 1.0
-"""AdamW's betas and the norm that gradients are clipped to, as published."""
+LARGEST_NORM = 1.0
+"""That gradients are clipped to, as published."""
 
 
 class ShearedLlamaSettings(
