@@ -61,7 +61,7 @@ class ShearedLlamaSettings(
     ] = 0.1
 
 
-def make_masks(model: Any, settings: ShearedLlamaSettings, target: int) -> Masks:
+def make_masks(model: Any, settings: Any, target: int) -> Masks:
     """Masks that have yet to be trained, for the shape that the settings name or find.
 
     Raises:

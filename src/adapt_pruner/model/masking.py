@@ -82,15 +82,16 @@ def fold(anatomy: Anatomy, axes: list[Axis], values: Values) -> None:
     done = set()
     for place in _places(anatomy, axes):
         module: Any = place.module
-        of_columns = place.at == "input" or isinstance(module, nn.Embedding)
+        is_table = isinstance(module, nn.Embedding)
+        of_columns = place.at == "input" or is_table
         side = place.key, id(module.weight), of_columns
         if side in done:  # embeddings that the head shares
             continue
         done.add(side)
-        if not isinstance(module, nn.Linear | nn.Embedding):
-            _scale_norm(module, place.factor(values, module.weight))
-            continue
         factor = place.factor(values, module.weight)
+        if not (is_table or isinstance(module, nn.Linear)):
+            _scale_norm(module, factor)
+            continue
         module.weight.mul_(factor if of_columns else factor.reshape(-1, 1))
         if not of_columns and module.bias is not None:
             module.bias.mul_(factor)

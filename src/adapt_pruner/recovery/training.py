@@ -118,8 +118,8 @@ class PhaseTraining:
             NonFiniteError: if the loss or a gradient is NaN or infinite; no weight has changed.
         """
         for group in self.optimizer.param_groups:
-            is_of_masks = self.masks is not None and group.get("of_masks")
-            group["lr"] = self.masks.rate if is_of_masks else learning_rate
+            masks = self.masks if group.get("of_masks") else None
+            group["lr"] = masks.rate if masks else learning_rate
         targets_BT = targets_of(batch.labels)
         counts_B = (targets_BT != IGNORED).sum(dim=1)
         num_labels = int(self._summed(counts_B.sum()))
