@@ -93,8 +93,9 @@ def fold(anatomy: Anatomy, axes: list[Axis], values: Values) -> None:
             _scale_norm(module, factor)
             continue
         module.weight.mul_(factor if of_columns else factor.reshape(-1, 1))
-        if not of_columns and module.bias is not None:
-            module.bias.mul_(factor)
+        bias: Tensor | None = getattr(module, "bias", None)
+        if not of_columns and bias is not None:
+            bias.mul_(factor)
 
 
 def _places(anatomy: Anatomy, axes: list[Axis]) -> Iterator[Place]:
