@@ -16,6 +16,7 @@ from adapt_pruner import prune
 from adapt_pruner.allocate import masks as masks_module
 from adapt_pruner.allocate.masks import Masks, certain, gate, probability_above_zero
 from adapt_pruner.errors import InvalidSettings, NonFiniteError, NotConverged
+from adapt_pruner.goal import Goal
 from adapt_pruner.methods import make_settings
 from adapt_pruner.methods.shaped import shapes_for
 from adapt_pruner.methods.sheared_llama import chosen_shape, make_masks
@@ -277,9 +278,9 @@ def test_domains_are_weighed_while_masks_train_and_after(sheared, any_masks, tex
 
 def test_a_plan_counts_the_training(sheared):
     """Of prune: gradients and moments, and time for every step. Of accel: the whole model first."""
-    anatomy = find_anatomy(build("llama", torch.float32))
+    anatomy, goal = find_anatomy(build("llama", torch.float32)), Goal(sparsity=0.4)
     few, many = (
-        make_plan(anatomy.model, make_settings(method="sheared-llama", steps=steps), 0.4)
+        make_plan(anatomy.model, make_settings(method="sheared-llama", steps=steps), goal)
         for steps in (10, 1000)
     )
     assert many.seconds > 20 * few.seconds
@@ -337,7 +338,8 @@ def test_what_does_not_go_with_masks(sheared, tmp_path, changes, match):
 
 def test_make_masks_of_a_model_that_loses_nothing_of_a_kind():
     masks = make_masks(
-        build("llama"), make_settings(method="sheared-llama", shape="hidden=48,layers=3,heads=8"),
+        find_anatomy(build("llama")),
+        make_settings(method="sheared-llama", shape="hidden=48,layers=3,heads=8"),
         int(find_anatomy(build("llama")).total_parameters * 0.7),
     )  # fmt: skip
     assert set(masks.sizes) == {"hidden", "neurons"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError, DataError, shown
 from . import pydocs
 from .reading import EMBEDDED as EMBEDDED
-from .reading import Row, files_in, local_path, local_rows, read_rows
+from .reading import Record, files_in, local_path, local_rows, read_rows
 
 
 class CalibrationData:
@@ -153,11 +153,11 @@ def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Ite
         raise CalibrationError(str(error)) from error
 
 
-PATIENCE = 1_000
+FRUITLESS_ROWS = 1_000
 """Rows without the column of the text, after which there is none; single rows may lack it."""
 
 
-def _texts(rows: Iterable[Row], source: str, column: str) -> Iterator[str]:
+def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[str]:
     """What the column of the text holds, blank texts left out."""
     is_known, lacking = False, None
     for number, row in enumerate(rows, 1):
@@ -171,7 +171,7 @@ def _texts(rows: Iterable[Row], source: str, column: str) -> Iterator[str]:
             is_known = True
         else:
             lacking = row
-        if lacking and not is_known and number == PATIENCE:
+        if lacking and not is_known and number == FRUITLESS_ROWS:
             break
         if text and text.strip():
             yield text

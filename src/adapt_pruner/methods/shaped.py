@@ -70,15 +70,15 @@ def shapes_for(settings: Any, anatomy: Anatomy, target: int) -> Shapes:
 
 
 def size_of_shape(settings: Any, anatomy: Anatomy) -> int | None:
-    """Parameters of the whole model that a shape with an MLP width leads to; what it does not name
-    stays whole."""
+    """What a model of a shape with an MLP width has of what targets limit; kinds that it does not
+    name stay whole."""
     if "intermediate" not in parse_shape(settings.shape):
         return None
     shapes = Shapes.of(anatomy, _limits(settings))
     shape = {**shapes.whole, **shapes.pinned()}
     if NEURONS not in shapes.whole:
         return None
-    return anatomy.parameters(shapes.sizes(shape, range(len(anatomy.layers))))
+    return anatomy.cost.total(shapes.sizes(shape, range(len(anatomy.layers))))
 
 
 def _limits(settings: Any) -> ShapeLimits:

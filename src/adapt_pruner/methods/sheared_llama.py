@@ -23,7 +23,7 @@ from ..allocate.masks import BETAS, Masks
 from ..allocate.shapes import Shape, Shapes
 from ..errors import NonFiniteError
 from ..limits import LearningRate, LearningRateOrZero, PartBelowOne, Steps
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import HIDDEN, KV_GROUPS, LAYERS, NEURONS, QUERY_HEADS
 from ..model.edits import Cut
 from ..processes import add_up, copy_from_first, share_of
@@ -61,13 +61,12 @@ class ShearedLlamaSettings(
     ] = 0.1
 
 
-def make_masks(model: Any, settings: Any, target: int) -> Masks:
+def make_masks(anatomy: Anatomy, settings: Any, target: int) -> Masks:
     """Masks that have yet to be trained, for the shape that the settings name or find.
 
     Raises:
         InvalidSettings, InvalidTarget: if there is no such shape of the target's size.
     """
-    anatomy = find_anatomy(model)
     shape = chosen_shape(shapes_for(settings, anatomy, target), target)
     return Masks(anatomy, shape, settings.mask_learning_rate)
 
@@ -89,15 +88,15 @@ def chosen_shape(shapes: Shapes, target: int) -> Shape:
 def sheared_llama(work: Work) -> Iterator[PruningStep]:
     """Train masks, unless `work` brings some that are, and cut the model in place by them."""
     settings: ShearedLlamaSettings = work.settings
-    anatomy, target = find_anatomy(work.model), work.targets[-1]
-    if anatomy.total_parameters <= target:
+    anatomy, target = work.anatomy(), work.targets[-1]
+    if anatomy.amount <= target:
         yield PruningStep(0, anatomy, target=target)
         return
     began, loss, masks = time.perf_counter(), 0.0, work.masks
     if masks is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            masks = make_masks(work.model, settings, target)
+            masks = make_masks(anatomy, settings, target)
             torch.manual_seed(settings.seed + share_of(work.group)[0])
             loss = _train(work, anatomy, masks)
         masks.check(settings.steps)
@@ -170,7 +169,7 @@ def _gradients(work: Work, masks: Masks, windows_BT: Tensor) -> float:
 
 def outline(settings: ShearedLlamaSettings, anatomy: Anatomy, target: int) -> Outline:
     """One cut, after a training that the plan counts."""
-    if anatomy.total_parameters <= target:
+    if anatomy.amount <= target:
         return Outline([])
     shapes_for(settings, anatomy, target)
     tokens = settings.steps * settings.windows * settings.window_length

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from ..claims import claimed
 from ..errors import Interrupted, InvalidSettings
+from ..goal import TARGETS
 from ..methods import make_settings
 from ..settings import PruneSettings
 from .account import account_of, reason_to_stop
@@ -53,7 +54,7 @@ def accel(
         output: directory of the run; the result is loaded from it.
         data: training text or a mixture, see `read_mixture`; also the default of `calibration`.
         tokens: to train on in all.
-        sparsity, params, preset: as in `prune`.
+        sparsity, params, preset: as in `prune`; other targets in `options`.
         settings: all settings of pruning at once; or single ones in `options`.
         recovery: all settings of training at once; or single ones in `options`.
         options: fields of `AccelRequest`, `RecoverySettings` or `PruneSettings` by name.
@@ -146,8 +147,7 @@ def correction_of(request: AccelRequest) -> AccelRequest:
         model=request.teacher or request.model,
         teacher=None,
         tokens=tokens,
-        sparsity=0.0,
-        params=None,
+        **{**dict.fromkeys(TARGETS), "sparsity": 0.0, "quantize": None},
         settings=make_settings(**_shared_settings(request.settings)),
         recovery=recovery.model_copy(update={**alone, "teacher_top_k": None, "lora_rank": 0}),
         evaluate=None,

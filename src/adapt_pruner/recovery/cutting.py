@@ -26,11 +26,13 @@ def prune_to(phase: Phase, run: Run) -> None:
         edit.follow(run.model, run.moments)
         run.history.add(edit, before)
 
+    resource = run.materials.resource
     work = Work(
         run.model,
         calibration.reseeded(request.settings.seed + 7919 * phase.number),
-        (min(phase.parameters, find_anatomy(run.model).total_parameters),),
+        (min(phase.amount, find_anatomy(run.model, resource).amount),),
         settings_of_phase(request.settings, len(run.phases)),
+        resource=resource,
         masks=run.masks,
         group=run.processes,
     )
@@ -49,7 +51,8 @@ def prune_to(phase: Phase, run: Run) -> None:
 
 
 class Following(Listener):
-    """Hears of a cut for a display, and takes along what depends on the model's structure."""
+    """Passes a cut on to the display, and changes everything that depends on the model's structure
+    with it."""
 
     def __init__(self, display: Listener, follow: Callable[[Edit, Anatomy], None]):
         self.on_start, self.on_progress = display.on_start, display.on_progress

@@ -151,8 +151,9 @@ class Run:
         self.clock.lap("prune")
 
     def _add_masks(self) -> None:
-        self.masks = make_masks(self.model, self.request.settings, self.materials.target)
-        self.masks.attach(find_anatomy(self.model))
+        anatomy = find_anatomy(self.model, self.materials.resource)
+        self.masks = make_masks(anatomy, self.request.settings, self.materials.target)
+        self.masks.attach(anatomy)
 
     def _cut_by_masks(self, phase: Phase) -> None:
         assert self.masks is not None

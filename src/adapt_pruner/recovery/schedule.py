@@ -23,12 +23,14 @@ PRUNE_PER_PHASE = 0.05
 
 @dataclass(frozen=True)
 class Phase:
-    """Cut to at most `parameters`, then take `steps` optimizer steps."""
+    """Cut to at most `amount`, then take `steps` optimizer steps."""
 
     number: int
     """Counted from 1."""
+    amount: int
+    """Of what the target limits: parameters of the whole model, unless it is something else."""
     parameters: int
-    """Of the whole model."""
+    """Of the whole model; where the target limits something else, about."""
     first_step: int
     """Optimizer steps taken before this phase."""
     steps: int
@@ -63,7 +65,12 @@ def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
 
 
 def make_phases(
-    settings: RecoverySettings, before: int, target: int, tokens: int, mask_share: float = 0.0
+    settings: RecoverySettings,
+    before: int,
+    target: int,
+    tokens: int,
+    parameters: int | None = None,
+    mask_share: float = 0.0,
 ) -> tuple[Phase, ...]:
     """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, in whole optimizer
     steps, at least one per phase.
@@ -72,9 +79,10 @@ def make_phases(
     `final_share` moves the cuts forward: the phases before the last share what it leaves.
 
     Args:
-        before, target: parameters of the whole model, P_0 and P_T.
+        before, target: parameters of the whole model, P_0 and P_T; or of what else is limited.
         tokens: training tokens of all phases.
-        mask_share: of them, those that train masks (Sheared-LLaMA); there are then two phases.
+        parameters: of the whole model, if something else is limited.
+        mask_share: of the tokens, that which trains masks, in a phase before the cut.
 
     Raises:
         InvalidSettings: if the tokens are too few for one step per phase.
@@ -88,14 +96,20 @@ def make_phases(
             f"{count} phases need at least one each. Give more --tokens, a smaller --batch-tokens "
             "or fewer --phases."
         )
+
+    def about(amount: int) -> int:
+        return amount if parameters is None else round(parameters * amount / before)
+
     if with_masks:
-        first = min(max(1, round(mask_share * total_steps)), total_steps - 1)
-        return Phase(1, target, 0, first, before), Phase(2, target, first, total_steps - first)
+        first, left, whole = round(mask_share * total_steps), about(target), about(before)
+        first = min(max(1, first), total_steps - 1)
+        masks = Phase(1, target, left, 0, first, masked=whole)
+        return masks, Phase(2, target, left, first, total_steps - first)
     steps = _apportion(_shares(settings, count), total_steps)
     phases = []
     for j in range(1, count + 1):
-        size = before - round((before - target) * j / count)
-        phases.append(Phase(j, size, sum(steps[: j - 1]), steps[j - 1]))
+        amount = before - round((before - target) * j / count)
+        phases.append(Phase(j, amount, about(amount), sum(steps[: j - 1]), steps[j - 1]))
     return tuple(phases)
 
 

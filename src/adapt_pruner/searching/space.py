@@ -24,7 +24,7 @@ MOST_POINTS = 100_000
 
 
 @dataclass(frozen=True)
-class Choice:
+class OneOf:
     """One of several values."""
 
     values: tuple[Any, ...]
@@ -69,7 +69,7 @@ class Range:
         return stored
 
 
-Space = dict[str, Choice | Range]
+Space = dict[str, OneOf | Range]
 
 
 def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[str, Any]) -> Space:
@@ -82,10 +82,10 @@ def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[s
     is_ours = isinstance(settings, AdaPrunerSettings)
     if is_ours and search.over in ("both", "samples"):
         space.update({f"group {i}": Range(0.0, 1.0) for i in range(search.groups)})
-        space["draw"] = Choice(tuple(range(search.draws)))
+        space["draw"] = OneOf(tuple(range(search.draws)))
     if is_ours and search.over in ("both", "importance"):
         space.update(dict.fromkeys(("alpha_coarse", "alpha_fine"), Range(0.0, 1.0)))
-        space.update({name: Choice(v) for name, v in FACTORS[settings.alignment].items()})
+        space.update({name: OneOf(v) for name, v in FACTORS[settings.alignment].items()})
     space.update(parse_space(extra, settings))
     if not any(len(of.grid()) > 1 for of in space.values()):
         raise InvalidSettings(
@@ -123,9 +123,9 @@ def parse_space(section: Mapping[str, Any], settings: PruneSettings) -> Space:
     return space
 
 
-def _parsed(name: str, said: Any) -> Choice | Range:
+def _parsed(name: str, said: Any) -> OneOf | Range:
     if isinstance(said, list) and said:
-        return Choice(tuple(said))
+        return OneOf(tuple(said))
     if isinstance(said, Mapping) and {"low", "high"} <= said.keys() <= {"low", "high", "log"}:
         low, high, log = said["low"], said["high"], said.get("log", False)
         numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (low, high))
@@ -137,5 +137,5 @@ def _parsed(name: str, said: Any) -> Choice | Range:
     )
 
 
-def _ends(of: Choice | Range) -> tuple[Any, ...]:
-    return of.values if isinstance(of, Choice) else (of.low, of.high)
+def _ends(of: OneOf | Range) -> tuple[Any, ...]:
+    return of.values if isinstance(of, OneOf) else (of.low, of.high)

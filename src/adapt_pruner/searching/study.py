@@ -24,6 +24,7 @@ from ..errors import (
     shortened,
 )
 from ..evaluation import evaluation_texts
+from ..goal import Goal
 from ..methods import make_settings, method_named
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
@@ -105,7 +106,8 @@ def run_search(
     space = make_space(request.settings, request.search, request.space)
     empty = empty_model(request.model, request.trust_remote_code)
     resolve_device(request.settings.device)
-    plan = make_plan(empty, request.settings, request.sparsity, request.params)
+    goal = Goal(sparsity=request.sparsity, params=request.params)
+    plan = make_plan(empty, request.settings, goal)
     texts = evaluation_texts(request.validation, request.settings.text_column)
     check_disjoint(request, texts)
     place = Place(output, request.search.storage)
