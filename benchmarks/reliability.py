@@ -28,7 +28,7 @@ from adapt_pruner.methods import make_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
 from conftest import WORDS, character_tokenizer
-from kill_points import COMMANDS, materials
+from killed_commands import COMMANDS, materials
 from picomodels import build
 from wrong_values import Call, judge, wrong_files, wrong_settings
 
