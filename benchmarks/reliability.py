@@ -74,7 +74,7 @@ def make_materials(root: Path) -> None:
     settings = make_settings(
         calibration=str(root / "text.txt"), steps=1, windows=4, window_length=12
     )
-    run_pruning(Request(str(root / "llama"), settings, 0.2), root / "run")
+    run_pruning(Request(str(root / "llama"), settings, sparsity=0.2), root / "run")
 
 
 def count(calls: Iterable[Call]) -> dict[str, Any]:
