@@ -84,15 +84,16 @@ def fold(anatomy: Anatomy, axes: list[Axis], values: Values) -> None:
         module: Any = place.module
         is_table = isinstance(module, nn.Embedding)
         of_columns = place.at == "input" or is_table
-        side = place.key, id(module.weight), of_columns
+        weight: Any = module.weight
+        side = place.key, id(weight), of_columns
         if side in done:  # embeddings that the head shares
             continue
         done.add(side)
-        factor = place.factor(values, module.weight)
+        factor = place.factor(values, weight)
         if not (is_table or isinstance(module, nn.Linear)):
             _scale_norm(module, factor)
             continue
-        module.weight.mul_(factor if of_columns else factor.reshape(-1, 1))
+        weight.mul_(factor if of_columns else factor.reshape(-1, 1))
         bias: Tensor | None = getattr(module, "bias", None)
         if not of_columns and bias is not None:
             bias.mul_(factor)
