@@ -1,0 +1,216 @@
+"""What a search finds, on the text that it measures trials on and on text that it never saw.
+
+    python benchmarks/search.py MODEL --texts PLACE --json FILE [--sparsity 0.2 0.5] [--only NAME ...]
+
+PLACE holds `pool` (a file or a directory), `validation` and `heldout`, as `split_texts` below writes
+them. Cells that the JSON file holds are not run again. `--report` prints the tables alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from adapt_pruner import load_model, load_tokenizer, make_settings, perplexity, search
+from adapt_pruner.data.overlap import Overlap
+from adapt_pruner.evaluation import evaluation_texts
+from adapt_pruner.report.account import versions
+from adapt_pruner.run import Request, make_result
+from adapt_pruner.searching.measuring import Validation
+from adapt_pruner.searching.request import SearchSettings
+
+WINDOW, HELDOUT_WINDOWS = 256, 200
+BEST = {"importance": "residual-fisher", "allocation": "global", "compensation": "refit"}
+MANY = {"windows": [64, 128]}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "random search": {"sampler": "random"},
+    "samples alone": {"over": "samples"},
+    "importance alone": {"over": "importance"},
+    "joint, global": {"allocation": "global"},
+    "joint, global, refit": {"allocation": "global", "compensation": "refit", "space": MANY},
+    "samples, best scores": {**BEST, "over": "samples", "space": MANY},
+    "layers": {"layer_spread": 0.15},
+}
+"""Each is `adapt-pruner search` as it is by default, but for what it says."""
+RUNS: dict[str, dict[str, Any]] = {
+    "ten random samples": {"method": "ada-pruner"},
+    "llm-pruner": {"method": "llm-pruner"},
+    "128 random samples, best scores": {"method": "ada-pruner", **BEST, "windows": 128},
+    "best": {"method": "adapt-pruner"},
+}
+"""Single runs of `adapt-pruner prune`."""
+CHOICES = 30
+"""Seeds of "ten random samples"."""
+LONGEST = 3000
+"""Characters of a document."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.5])
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--validation-windows", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--choices", type=int, default=CHOICES)
+    parser.add_argument("--only", nargs="+", default=[*RUNS, *SEARCHES])
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    if not arguments.report:
+        measure_all(arguments)
+    for sparsity in arguments.sparsity:
+        print_table(read(arguments.json)["cells"], Path(arguments.model).name, sparsity)
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    text = Texts(arguments)
+    for key, make in cells(arguments, text):
+        stored = read(arguments.json)
+        if key in stored["cells"]:
+            continue
+        began = time.process_time()
+        cell = make()
+        cell["cpu_seconds"] = round(time.process_time() - began, 1)
+        print(key, {k: v for k, v in cell.items() if k != "trials"}, flush=True)
+        stored = {"versions": versions(), "cells": {**read(arguments.json)["cells"], key: cell}}
+        arguments.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def cells(arguments: argparse.Namespace, text: Texts) -> Iterator[tuple[str, Any]]:
+    """Names of all cells, and what measures each, the cheap ones and the first seeds first."""
+    model = Path(arguments.model).name
+    if "dense" not in read(arguments.json)["cells"]:
+        yield f"{model}|0|dense|0", lambda: text.measure(load_model(arguments.model))
+    for seed in range(max(arguments.seeds, arguments.choices)):
+        for sparsity in arguments.sparsity:
+            for name in arguments.only:
+                is_choice = name == "ten random samples"
+                if seed >= (arguments.choices if is_choice else arguments.seeds):
+                    continue
+                key = f"{model}|{sparsity}|{name}|{seed}"
+                if name in RUNS:
+                    yield key, lambda n=name, p=sparsity, s=seed: pruned(arguments, text, n, p, s)
+                else:
+                    yield key, lambda n=name, p=sparsity, s=seed: searched(arguments, text, n, p, s)
+
+
+class Texts:
+    """The two texts that models are measured on."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.place = arguments.texts
+        self.tokenizer = load_tokenizer(arguments.model)
+        self.how = SearchSettings(
+            validation_window=WINDOW, validation_windows=arguments.validation_windows
+        )
+        self.validation = Validation(
+            load_model(arguments.model), self.tokenizer, evaluation_texts(self.of("validation")),
+            self.how,
+        )  # fmt: skip
+        self.heldout = evaluation_texts(self.of("heldout"))
+
+    def of(self, name: str) -> str:
+        return str(next(self.place.glob(f"{name}*")))
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        heldout = perplexity(
+            model, self.tokenizer, self.heldout, window=WINDOW, max_windows=HELDOUT_WINDOWS
+        )
+        return {"validation": self.validation.measure(model), "heldout": heldout.perplexity}
+
+
+def pruned(arguments, text: Texts, name: str, sparsity: float, seed: int) -> dict[str, Any]:
+    settings = make_settings(calibration=text.of("pool"), seed=seed, **RUNS[name])
+    return text.measure(make_result(Request(arguments.model, settings, sparsity)).model)
+
+
+def searched(arguments, text: Texts, name: str, sparsity: float, seed: int) -> dict[str, Any]:
+    place = Path(tempfile.mkdtemp())
+    try:
+        outcome = search(
+            arguments.model, place / "found", sparsity=sparsity, calibration=text.of("pool"),
+            validation=text.of("validation"), trials=arguments.trials, seed=seed,
+            validation_window=WINDOW, validation_windows=arguments.validation_windows,
+            **SEARCHES[name],
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return {
+        **text.measure(outcome.result.model),
+        "parameters": outcome.result.after.total,
+        "importances": outcome.importances,
+        "found": outcome.trials[outcome.best]["values"],
+        "stopped": sum(trial["state"] == "pruned" for trial in outcome.trials),
+        "trials": [trial["value"] for trial in outcome.trials],
+        "trial_seconds": statistics.median(
+            trial["seconds"] for trial in outcome.trials if trial["state"] == "complete"
+        ),
+    }
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cells": {}}
+
+
+def print_table(cells: dict[str, Any], model: str, sparsity: float) -> None:
+    """Mean and standard deviation over seeds of every row, on both texts."""
+    print(f"\n{model} at {sparsity:.0%}\n")
+    print("| | validation | held out | seeds | CPU seconds |\n| --- | --- | --- | --- | --- |")
+    rows = [("0", "dense"), *((str(sparsity), name) for name in [*RUNS, *SEARCHES])]
+    for size, name in rows:
+        found = [cell for key, cell in cells.items() if key.startswith(f"{model}|{size}|{name}|")]
+        if found:
+            validation, heldout = (_spread(found, text) for text in ("validation", "heldout"))
+            cost = statistics.mean(cell["cpu_seconds"] for cell in found)
+            print(f"| {name} | {validation} | {heldout} | {len(found)} | {cost:.0f} |")
+
+
+def _spread(cells: list[dict[str, Any]], text: str) -> str:
+    values = [cell[text] for cell in cells]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def split_texts(sources: list[Path], place: Path, number: int = 1000) -> None:
+    """Write pool, validation and held-out text of each source's documents, none in two of them.
+
+    Every third document is for validation, every third held out, so that the two are alike. What
+    the pool would share with them is left out.
+    """
+    (place / "pool").mkdir(parents=True)
+    parts: dict[str, list[str]] = {"validation": [], "heldout": []}
+    for source in sources:
+        documents = [text for text in evaluation_texts(str(source)) if len(text) > 400]
+        documents = [text[:LONGEST] for text in documents[:number]]  # no source outweighs others
+        for i, name in enumerate(parts):
+            parts[name] += documents[i::3]
+        overlap = Overlap(parts["validation"] + parts["heldout"])
+        pool = [text for text in documents[2::3] if not overlap.contains(text)]
+        _write(place / "pool" / f"{source.stem}.jsonl", pool)
+    for name, texts in parts.items():
+        _write(place / f"{name}.jsonl", texts)
+
+
+def _write(file: Path, texts: list[str]) -> None:
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
