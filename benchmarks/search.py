@@ -1,9 +1,9 @@
 """What a search finds, on the text that it measures trials on and on text that it never saw.
 
-    python benchmarks/search.py MODEL --texts PLACE --json FILE [--sparsity 0.2 0.5] [--only NAME ...]
+    python benchmarks/search.py MODEL --texts PLACE --json FILE [--sparsity 0.2 0.5] [--only NAME]
 
-PLACE holds `pool` (a file or a directory), `validation` and `heldout`, as `split_texts` below writes
-them. Cells that the JSON file holds are not run again. `--report` prints the tables alone.
+PLACE holds `pool` (a file or a directory), `validation` and `heldout`, as `split_texts` below
+writes them. Cells that the JSON file holds are not run again. `--report` prints the tables alone.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "joint, global": {"allocation": "global"},
     "joint, global, refit": {"allocation": "global", "compensation": "refit", "space": MANY},
     "samples, best scores": {**BEST, "over": "samples", "space": MANY},
-    "layers": {"layer_spread": 0.15},
+    "layers": {"layer_spread": 0.5},
 }
 """Each is `adapt-pruner search` as it is by default, but for what it says."""
 RUNS: dict[str, dict[str, Any]] = {

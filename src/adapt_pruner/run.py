@@ -141,8 +141,7 @@ def _prune(
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
     targets = [make_plan(empty, settings, one.sparsity, one.params).target for one in requests]
-    stored = stored_dtype(empty)
-    written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
+    stored, written = stored_dtype(empty), written_dtype(settings, empty)
     for check, target in zip(checks, targets, strict=True):
         check(target * written.itemsize)
     texts = None
@@ -202,6 +201,13 @@ def stored_dtype(model: Any) -> torch.dtype | None:
     """The precision that the model's configuration states."""
     dtype = getattr(model.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def written_dtype(settings: PruneSettings, model: Any) -> torch.dtype:
+    """The precision in which a checkpoint will hold the weights."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return stored_dtype(model) or torch.float32
 
 
 def store_as(model: Any, dtype: torch.dtype) -> None:

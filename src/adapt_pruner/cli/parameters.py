@@ -88,9 +88,12 @@ class Integers(click.ParamType):
 
 
 class Numbers(click.ParamType):
-    """Numbers separated by commas."""
+    """Numbers separated by commas; where they must differ, what is said again counts once."""
 
     name = "numbers"
+
+    def __init__(self, distinct: bool = True):
+        self.distinct = distinct
 
     def convert(self, value: Any, param, ctx) -> tuple[float, ...]:
         try:
@@ -103,7 +106,7 @@ class Numbers(click.ParamType):
                 param,
                 ctx,
             )
-        return tuple(dict.fromkeys(numbers))
+        return tuple(dict.fromkeys(numbers)) if self.distinct else numbers
 
 
 class Names(click.ParamType):

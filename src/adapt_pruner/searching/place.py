@@ -23,7 +23,7 @@ from ..durable import flush_tree
 from ..errors import InvalidSettings, WritingError, shown
 from ..files import atomic_directory, check_output, place_of, write_atomically
 
-STUDY, JOURNAL, POOL = "study", "journal.log", "pool.safetensors"
+STUDY, JOURNAL, POOL = "study", "journal.log", "pool-{}.safetensors"
 NAME = "adapt-pruner"
 """Of the study in a database: one for each."""
 
@@ -44,7 +44,7 @@ class Place:
         check_output(self.output, overwrite=is_search or overwrite)
         check_replaceable(self.output, sources, also_ours=(STUDY,) if is_search else ())
 
-    def open_study(self, sampler: Any, pruner: Any, overwrite: bool) -> Any:
+    def open_study(self, sampler: Any, pruner: Any, overwrite: bool, objectives: int = 1) -> Any:
         """The study, new or as it is. Raises InvalidSettings if the database cannot be opened."""
         import optuna
 
@@ -59,6 +59,7 @@ class Place:
             return optuna.create_study(
                 storage=self.storage or self._journal_storage(),
                 study_name=NAME,
+                directions=["minimize"] * objectives,
                 sampler=sampler,
                 pruner=pruner,
                 load_if_exists=True,
@@ -94,9 +95,10 @@ class Place:
 
         return JournalStorage(JournalFileBackend(str(self.journal), lock_obj=self._lock()))
 
-    def stored_pool(self, key: str) -> dict[str, Tensor] | None:
-        """The scores that were stored under a key, if they are there and whole."""
-        file = self.output / STUDY / POOL
+    def stored_pool(self, length: int, key: str) -> dict[str, Tensor] | None:
+        """The scores of samples of `length` tokens that were stored under a key, if they are there
+        and whole."""
+        file = self.output / STUDY / POOL.format(length)
         try:
             with safe_open(file, framework="pt") as opened:
                 if (opened.metadata() or {}).get("key") != key:
@@ -105,8 +107,9 @@ class Place:
         except (OSError, SafetensorError):
             return None
 
-    def store_pool(self, key: str, tensors: dict[str, Tensor]) -> None:
-        write_atomically(self.output / STUDY / POOL, save(tensors, metadata={"key": key}))
+    def store_pool(self, length: int, key: str, tensors: dict[str, Tensor]) -> None:
+        file = self.output / STUDY / POOL.format(length)
+        write_atomically(file, save(tensors, metadata={"key": key}))
 
     def write(self, fill: Callable[[Path], None]) -> None:
         """Let `fill` write into a directory that then takes the place of the output. Workers of the
@@ -125,6 +128,6 @@ class Place:
                 lock.acquire()
                 held.callback(lock.release)  # when the new directory is in its place
             for file in (self.output / STUDY).iterdir():
-                if file.name in (JOURNAL, POOL):
+                if file.name == JOURNAL or file.match(POOL.format("*")):
                     shutil.copy2(file, partial / STUDY / file.name)
             write_record(partial)
