@@ -3,7 +3,8 @@
     python benchmarks/search.py MODEL --texts PLACE --json FILE [--sparsity 0.2 0.5] [--only NAME]
 
 PLACE holds `pool` (a file or a directory), `validation` and `heldout`, as `split_texts` below
-writes them. Cells that the JSON file holds are not run again. `--report` prints the tables alone.
+writes them. Cells that the JSON file holds are not run again. `--report` prints the tables alone;
+`--cost` measures what a trial takes, beside one evaluation of its objective.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ import torch
 import transformers
 
 from adapt_pruner import load_model, load_tokenizer, make_settings, perplexity, search
+from adapt_pruner.allocate.target import resolve_target
 from adapt_pruner.data.overlap import Overlap
 from adapt_pruner.evaluation import evaluation_texts
+from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.report.account import versions
 from adapt_pruner.run import Request, make_result
 from adapt_pruner.searching.measuring import Validation
 from adapt_pruner.searching.request import SearchSettings
+from adapt_pruner.searching.samples import Samples
+from adapt_pruner.searching.space import make_space
+from adapt_pruner.searching.trials import Bench
 
 WINDOW, HELDOUT_WINDOWS = 256, 200
 BEST = {"importance": "residual-fisher", "allocation": "global", "compensation": "refit"}
@@ -40,7 +46,19 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "joint, global": {"allocation": "global"},
     "joint, global, refit": {"allocation": "global", "compensation": "refit", "space": MANY},
     "samples, best scores": {**BEST, "over": "samples", "space": MANY},
-    "layers": {"layer_spread": 0.5},
+    "joint, layers": {"layer_spread": 0.5},
+    "best, settings": {
+        "method": "adapt-pruner",
+        "trials": 20,
+        "space": {
+            "steps": {"low": 1, "high": 8},
+            "ridge": {"low": 0.01, "high": 1.0, "log": True},
+            "carry": {"low": 0.0, "high": 1.0},
+            "windows": [256, 512],
+            "window_length": [64, 128],
+            "importance": ["residual-fisher", "activation-fisher"],
+        },
+    },
 }
 """Each is `adapt-pruner search` as it is by default, but for what it says."""
 RUNS: dict[str, dict[str, Any]] = {
@@ -68,11 +86,14 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=CHOICES)
     parser.add_argument("--only", nargs="+", default=[*RUNS, *SEARCHES])
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if not arguments.report:
+    if arguments.cost:
+        trial_cost(arguments, Texts(arguments))
+    elif not arguments.report:
         measure_all(arguments)
     for sparsity in arguments.sparsity:
         print_table(read(arguments.json)["cells"], Path(arguments.model).name, sparsity)
@@ -81,14 +102,14 @@ def main() -> None:
 def measure_all(arguments: argparse.Namespace) -> None:
     text = Texts(arguments)
     for key, make in cells(arguments, text):
-        stored = read(arguments.json)
-        if key in stored["cells"]:
+        if key in read(arguments.json)["cells"]:
             continue
         began = time.process_time()
         cell = make()
         cell["cpu_seconds"] = round(time.process_time() - began, 1)
         print(key, {k: v for k, v in cell.items() if k != "trials"}, flush=True)
-        stored = {"versions": versions(), "cells": {**read(arguments.json)["cells"], key: cell}}
+        stored = read(arguments.json) | {"versions": versions()}
+        stored["cells"][key] = cell
         arguments.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
@@ -145,9 +166,9 @@ def searched(arguments, text: Texts, name: str, sparsity: float, seed: int) -> d
     try:
         outcome = search(
             arguments.model, place / "found", sparsity=sparsity, calibration=text.of("pool"),
-            validation=text.of("validation"), trials=arguments.trials, seed=seed,
-            validation_window=WINDOW, validation_windows=arguments.validation_windows,
-            **SEARCHES[name],
+            validation=text.of("validation"), seed=seed, validation_window=WINDOW,
+            validation_windows=arguments.validation_windows,
+            **{"trials": arguments.trials, **SEARCHES[name]},
         )  # fmt: skip
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -162,6 +183,46 @@ def searched(arguments, text: Texts, name: str, sparsity: float, seed: int) -> d
             trial["seconds"] for trial in outcome.trials if trial["state"] == "complete"
         ),
     }
+
+
+def trial_cost(arguments: argparse.Namespace, text: Texts) -> None:
+    """CPU seconds of a whole trial and of one evaluation, the least of three of each."""
+    model, settings = (
+        load_model(arguments.model),
+        make_settings(method="ada-pruner", calibration=text.of("pool")),
+    )
+    anatomy, space = find_anatomy(model), make_space(settings, text.how, {})
+    samples = Samples(model, anatomy, text.tokenizer, settings, text.how)
+    target = resolve_target(anatomy, arguments.sparsity[0], None)
+    bench = Bench(
+        model, text.tokenizer, anatomy, target, settings, text.how,
+        space=space, samples=samples, validation=text.validation,
+    )  # fmt: skip
+    values = {f"group {i}": 0.5 for i in range(text.how.groups)}
+    pool = _cpu_seconds(lambda draw: bench.settings_of({**values, "draw": draw}), times=1)
+
+    def trial(draw: int) -> None:
+        list(bench.values_of(bench.settings_of({**values, "draw": draw}), target))
+
+    found = {
+        "pool": pool,
+        "evaluation": _cpu_seconds(lambda draw: text.validation.measure(model)),
+        "trial": _cpu_seconds(trial),
+    }
+    found["ratio"] = round(found["trial"] / found["evaluation"], 2)
+    print(found, flush=True)
+    stored = read(arguments.json)
+    stored["cost"] = {"validation_windows": arguments.validation_windows, **found}
+    arguments.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu_seconds(run: Any, times: int = 3) -> float:
+    taken = []
+    for i in range(times):
+        began = time.process_time()
+        run(i)
+        taken.append(time.process_time() - began)
+    return round(min(taken), 3)
 
 
 def read(file: Path) -> dict[str, Any]:

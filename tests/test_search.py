@@ -158,6 +158,18 @@ def test_a_text_that_no_trial_saw_and_samples_by_source(
         run("other", calibration=str(pool), heldout=str(validation_file))
 
 
+def test_a_study_without_trials_belongs_to_any_search(run):
+    with pytest.raises(CalibrationError, match="to be chosen"):
+        run(windows=50, pool=100)
+    assert len(run(trials=1, objective="perplexity,bytes").trials) == 1
+
+
+def test_a_grid_ends_when_all_of_it_is_tried(run):
+    values = {"over": "none", "sampler": "grid", "space": {"alpha_coarse": [0.1, 0.9]}}
+    assert len(run(trials=5, **values).trials) == 2
+    assert len(run(trials=5, **values).trials) == 2
+
+
 def test_overlapping_validation_text_is_refused(run, text_file):
     document = text_file.read_text().split("\n")[0]
     with pytest.raises(CalibrationError, match="overlaps with the calibration text") as caught:

@@ -187,10 +187,10 @@ def test_a_grid_that_is_too_large_is_refused():
 @pytest.mark.parametrize(
     ("objective", "said"),
     [
-        ("bytes", "not bytes"),
-        ("perplexity,kl", "not perplexity, kl"),
-        ("perplexity,bytes,bytes", "at most once"),
-        ("", "not nothing"),
+        ("bytes", "must be perplexity or kl"),
+        ("perplexity,kl", "must be perplexity or kl"),
+        ("perplexity,bytes,bytes", "each once"),
+        ("", "must be perplexity or kl"),
         ("perplexity,size", "objective"),
     ],
 )

@@ -206,8 +206,8 @@ def check_enough(size: int, wanted: int, length: int) -> None:
     """Raise CalibrationError if a pool has fewer samples than are to be chosen."""
     if size < wanted:
         raise CalibrationError(
-            f"The calibration text has {size} samples of at least {length} tokens, and {wanted} "
-            "are to be chosen. Use more text, a smaller --window-length, or fewer --windows."
+            f"The pool has {size} samples of at least {length} tokens, and {wanted} are to be "
+            "chosen. Use more text, a larger --pool, a smaller --window-length, or fewer --windows."
         )
 
 

@@ -7,6 +7,7 @@ is held meanwhile, so that other workers lose no trial.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,14 +57,16 @@ class Place:
                 known = optuna.get_all_study_names(storage=self.storage)
                 if NAME in known:
                     optuna.delete_study(study_name=NAME, storage=self.storage)
-            return optuna.create_study(
-                storage=self.storage or self._journal_storage(),
-                study_name=NAME,
-                directions=["minimize"] * objectives,
-                sampler=sampler,
-                pruner=pruner,
-                load_if_exists=True,
-            )
+            storage = self.storage or self._journal_storage()
+            make = functools.partial(
+                optuna.create_study, storage=storage, study_name=NAME, sampler=sampler,
+                pruner=pruner, directions=["minimize"] * objectives, load_if_exists=True,
+            )  # fmt: skip
+            study = make()
+            if len(study.directions) != objectives and not study.get_trials(deepcopy=False):
+                optuna.delete_study(study_name=NAME, storage=storage)
+                return make()
+            return study
         except OSError as error:
             raise WritingError(
                 f"'{self.output}' cannot hold the study: {error.strerror or error}."

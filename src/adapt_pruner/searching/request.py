@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ..limits import Length, Name, Rounds, Runs, ShareBelowOne, Tokens, Windows
 from ..settings import PruneSettings
@@ -21,6 +21,15 @@ Objective = Literal["perplexity", "kl", "parameters", "bytes", "latency"]
 
 def _split(said: Any) -> Any:
     return tuple(said.replace(",", " ").split()) if isinstance(said, str) else said
+
+
+def _quality_first(names: tuple[str, ...]) -> tuple[str, ...]:
+    first, rest = {*names[:1]}, names[1:]
+    if not first & {*QUALITIES} or {*rest} & {*QUALITIES} or len({*rest}) < len(rest):
+        raise ValueError(
+            "must be perplexity or kl, and after it parameters, bytes or latency, each once at most"
+        )
+    return names
 
 
 class SearchSettings(BaseModel):
@@ -53,6 +62,7 @@ class SearchSettings(BaseModel):
     objective: Annotated[
         tuple[Objective, ...],
         BeforeValidator(_split),
+        AfterValidator(_quality_first),
         Field(
             description="What is minimised on the validation text: perplexity, or kl, the "
             "divergence from the dense model's predictions in nats per token. After it, with "
@@ -109,16 +119,6 @@ class SearchSettings(BaseModel):
     def costs(self) -> tuple[str, ...]:
         """The other objectives."""
         return self.objective[1:]
-
-    @model_validator(mode="after")
-    def _one_quality(self) -> SearchSettings:
-        first, rest = self.objective[:1], self.objective[1:]
-        if not set(first) & {*QUALITIES} or {*rest} & {*QUALITIES} or len({*rest}) < len(rest):
-            raise ValueError(
-                "objective must be perplexity or kl, and after it parameters, bytes and latency "
-                f"at most once each, not {', '.join(self.objective) or 'nothing'}"
-            )
-        return self
 
 
 @dataclass(frozen=True)

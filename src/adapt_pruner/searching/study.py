@@ -160,7 +160,7 @@ def _claim(study: Any, identity: dict[str, Any], output: Path) -> None:
     """Raise InvalidSettings if the study is one of another search."""
     identity = json.loads(json.dumps(identity))
     known = study.user_attrs.get("search")
-    if known is None:
+    if known is None or not study.get_trials(deepcopy=False):
         study.set_user_attr("search", identity)
         return
     differ = [k for k in {**known, **identity} if known.get(k) != identity.get(k)]
@@ -215,7 +215,7 @@ def _optimise(optuna: Any, study: Any, bench: Bench, trials: int, listener: Sear
     objective = _objective(optuna, bench, reasons)
     stop = optuna.study.MaxTrialsCallback(trials, states=ended)
     try:
-        if done < trials:
+        if done < trials and not _is_exhausted(study):
             study.optimize(objective, callbacks=[after, stop], catch=(AdaptPrunerError,))
     except KeyboardInterrupt:
         raise Interrupted(
@@ -227,6 +227,12 @@ def _optimise(optuna: Any, study: Any, bench: Bench, trials: int, listener: Sear
             f"Every trial failed, {len(reasons)} of them now; the last one because: "
             f"{reasons[-1] if reasons else 'it was interrupted.'}"
         )
+
+
+def _is_exhausted(study: Any) -> bool:
+    """Whether a grid has no point left that was not tried."""
+    is_exhausted = getattr(study.sampler, "is_exhausted", None)
+    return is_exhausted is not None and is_exhausted(study)
 
 
 def _best(study: Any, state: Any) -> float | None:
