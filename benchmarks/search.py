@@ -35,7 +35,7 @@ from adapt_pruner.searching.samples import Samples
 from adapt_pruner.searching.space import make_space
 from adapt_pruner.searching.trials import Bench
 
-WINDOW, HELDOUT_WINDOWS = 256, 200
+WINDOW = 256
 BEST = {"importance": "residual-fisher", "allocation": "global", "compensation": "refit"}
 MANY = {"windows": [64, 128]}
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--validation-windows", type=int, default=64)
+    parser.add_argument("--heldout-windows", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--choices", type=int, default=CHOICES)
     parser.add_argument("--only", nargs="+", default=[*RUNS, *SEARCHES])
@@ -116,8 +117,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
 def cells(arguments: argparse.Namespace, text: Texts) -> Iterator[tuple[str, Any]]:
     """Names of all cells, and what measures each, the cheap ones and the first seeds first."""
     model = Path(arguments.model).name
-    if "dense" not in read(arguments.json)["cells"]:
-        yield f"{model}|0|dense|0", lambda: text.measure(load_model(arguments.model))
+    yield f"{model}|0|dense|0", lambda: text.measure(load_model(arguments.model))
     for seed in range(max(arguments.seeds, arguments.choices)):
         for sparsity in arguments.sparsity:
             for name in arguments.only:
@@ -145,13 +145,14 @@ class Texts:
             self.how,
         )  # fmt: skip
         self.heldout = evaluation_texts(self.of("heldout"))
+        self.heldout_windows = arguments.heldout_windows
 
     def of(self, name: str) -> str:
         return str(next(self.place.glob(f"{name}*")))
 
     def measure(self, model: Any) -> dict[str, Any]:
         heldout = perplexity(
-            model, self.tokenizer, self.heldout, window=WINDOW, max_windows=HELDOUT_WINDOWS
+            model, self.tokenizer, self.heldout, window=WINDOW, max_windows=self.heldout_windows
         )
         return {"validation": self.validation.measure(model), "heldout": heldout.perplexity}
 
