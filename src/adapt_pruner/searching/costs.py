@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.speed import Speed, compare_speed
+from ..evaluation.speed import compare_speed
 from .request import SearchSettings
 
 
@@ -19,11 +19,14 @@ def costs_of(model: Any, dense: Any, how: SearchSettings, written: torch.dtype) 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     known = {"parameters": float(parameters), "bytes": float(parameters * written.itemsize)}
     if "latency" in how.costs:
-        before, after = compare_speed([dense, model], how.prompt_tokens, how.new_tokens)
-        known["latency"] = round(_seconds(after) / _seconds(before), 4)
+        known["latency"] = round(_latency(model, dense, how), 4)
     return {name: known[name] for name in how.costs}
 
 
-def _seconds(speed: Speed) -> float:
-    """To read the prompt and to write the new tokens."""
-    return speed.time_to_first_token_s + speed.new_tokens / speed.decode_tokens_per_s
+def _latency(model: Any, dense: Any, how: SearchSettings) -> float:
+    """From ratios within rounds, so that a machine whose speed drifts changes little."""
+    before, after = compare_speed([dense, model], how.prompt_tokens, how.new_tokens)
+    prefill = before.time_to_first_token_s
+    decode = before.new_tokens / before.decode_tokens_per_s
+    now = prefill / after.prefill_speedup + decode / after.decode_speedup
+    return now / (prefill + decode)
