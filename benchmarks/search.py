@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ from adapt_pruner.data.overlap import Overlap
 from adapt_pruner.evaluation import evaluation_texts
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.report.account import versions
+from adapt_pruner.report.pictures import ACCENT, AFTER, make_figure, save_figure
 from adapt_pruner.run import Request, make_result
 from adapt_pruner.searching.measuring import Validation
 from adapt_pruner.searching.request import SearchSettings
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*RUNS, *SEARCHES])
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--picture", type=Path, help="SVG of the best value over trials")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -98,6 +101,8 @@ def main() -> None:
         measure_all(arguments)
     for sparsity in arguments.sparsity:
         print_table(read(arguments.json)["cells"], Path(arguments.model).name, sparsity)
+    if arguments.picture:
+        draw(read(arguments.json)["cells"], arguments)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
@@ -241,6 +246,33 @@ def print_table(cells: dict[str, Any], model: str, sparsity: float) -> None:
             validation, heldout = (_spread(found, text) for text in ("validation", "heldout"))
             cost = statistics.mean(cell["cpu_seconds"] for cell in found)
             print(f"| {name} | {validation} | {heldout} | {len(found)} | {cost:.0f} |")
+
+
+def draw(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """The best value so far over trials, of the search and of chance, a thin line per seed."""
+    model, sizes = Path(arguments.model).name, arguments.sparsity
+    figure, axes = make_figure(7, 2.7 * len(sizes), len(sizes))
+    for axis, sparsity in zip(axes, sizes, strict=True):
+        for name, color in (("joint", AFTER), ("random search", ACCENT)):
+            start = f"{model}|{sparsity}|{name}|"
+            runs = [_best_so_far(v["trials"]) for k, v in cells.items() if k.startswith(start)]
+            for run in runs:
+                axis.plot(run, color=color, linewidth=0.7, alpha=0.6)
+            mean = [statistics.mean(values) for values in zip(*runs, strict=False)]
+            axis.plot(mean, color=color, label="TPE" if name == "joint" else name)
+        axis.set_title(f"{sparsity:.0%}", loc="left", fontsize=11)
+        axis.set_ylabel("perplexity, validation")
+        axis.legend(frameon=False, fontsize=8)
+    axes[-1].set_xlabel("trial")
+    save_figure(figure, arguments.picture)
+
+
+def _best_so_far(values: list[float | None]) -> list[float]:
+    """Of trials that were stopped early, None, only the number counts."""
+    return [
+        min((v for v in values[: i + 1] if v is not None), default=math.nan)
+        for i in range(len(values))
+    ]
 
 
 def _spread(cells: list[dict[str, Any]], text: str) -> str:
