@@ -3,7 +3,7 @@
     python benchmarks/real_model.py MODEL --calibration c4.jsonl \\
         --text wikitext=pages.jsonl,column=page,first=400000 --text reviews=films.jsonl,last=40 \\
         [--methods best,paper,flap] [--sparsities 0.2,0.4,0.6] [--set windows=128] \\
-        [--tasks arc_easy,piqa --limit 200 --task-data DIR] [--output FILE]
+        [--tasks arc_easy,piqa --limit 200 --task-data DIR] [--output FILE] [--picture FILE.svg]
 
 A cell is a method (any that `adapt-pruner compare` knows) at a sparsity; `dense` is one, too. Each
 runs in a process of its own, so that its peak of resident memory is its own, and is written as soon
@@ -182,6 +182,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=200)
     parser.add_argument("--repetitions", type=int, default=5, help="of the speed; 0: none")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--picture", type=Path, help="SVG of the perplexity over the sparsity")
     parser.add_argument("--cell", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -214,6 +215,33 @@ def main(argv: list[str]) -> None:
         show(done[-1:])
     print()
     show(done)
+    if arguments.picture:
+        draw(arguments.picture, done)
+
+
+def draw(file: Path, cells: list[dict[str, Any]]) -> None:
+    """Perplexity on the first text over the sparsity, a line per method."""
+    from adapt_pruner.comparison.picture import COLOURS, MARKERS
+    from adapt_pruner.report.pictures import make_figure, save_figure
+
+    figure, (axis,) = make_figure(7.5, 4.2, 1)
+    (dense,) = (cell for cell in cells if cell["method"] == "dense")
+    name = next(iter(dense["perplexity"]))
+    methods = dict.fromkeys(cell["method"] for cell in cells if cell is not dense)
+    for number, method in enumerate(methods):
+        own = sorted((c for c in cells if c["method"] == method), key=lambda c: c["sparsity"])
+        axis.plot(
+            [100 * cell["sparsity"] for cell in own],
+            [cell["perplexity"][name] for cell in own],
+            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
+            markersize=5, linewidth=2.2 if method == "best" else 1.2, label=method,
+        )  # fmt: skip
+    axis.axhline(dense["perplexity"][name], color="#222", linewidth=1, linestyle=":", label="dense")
+    axis.set_yscale("log")
+    axis.set_xlabel("sparsity of the decoder layers, %")
+    axis.set_ylabel(f"perplexity, {name}\n(lower is better)")
+    axis.legend(frameon=False, fontsize=8, ncols=2)
+    save_figure(figure, file)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ..model.axes import KV_GROUPS, NEURONS, Axis, Slot
 from ..precision import in_float64
 from ..registry import Registry
 from .collect import Statistics
+from .gram import factorise
 from .observers import Fisher, Gram, Observer, UnitGradients, WeightGradients
 
 
@@ -97,15 +98,17 @@ def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor
         residual_U = 1 / inverse.matrix_CC.diagonal()
     else:
         blocks_KKU = inverse.matrix_CC.view(shape + shape).diagonal(dim1=0, dim2=2)
-        residual_U = (
-            torch.linalg.inv(in_float64(blocks_KKU.permute(2, 0, 1)))
-            .diagonal(dim1=1, dim2=2)
-            .sum(dim=1)
-        )
+        residual_U = torch.stack([_trace_of_inverse(block_KK) for block_KK in blocks_KKU.unbind(2)])
     share_U = (residual_U / total_U.to(residual_U.device)).float()
     score_U = activation_fisher(axis, statistics) * share_U.to(total_U.device)
     energy_U = total_U / shape[1] - statistics[Gram].ridge  # relative to the mean of the columns
     return score_U + score_U.sum() * (energy_U > MASSIVE).to(score_U)
+
+
+def _trace_of_inverse(block_KK: Tensor) -> Tensor:
+    """Of a positive definite matrix."""
+    factor_KK = factorise(in_float64(block_KK).clone())
+    return torch.cholesky_inverse(factor_KK).diagonal().sum()
 
 
 def random(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor:
