@@ -3,13 +3,16 @@
     PYTHONPATH=tests python benchmarks/reliability.py runs/reliability --kills 100
 
 Takes the generators of the tests (`tests/wrong_values.py`, `tests/kill_points.py`) in full, in one
-process after the other, on the CPU. Writes results.json and prints the two tables.
+process after the other, on the CPU. Writes results.json and prints the two tables. `--resume` goes
+on where it stopped; it takes an hour of one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -20,11 +23,12 @@ from typing import Any
 
 import torch
 
+from adapt_pruner.files import read_json, write_json
 from adapt_pruner.methods import make_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
 from conftest import WORDS, character_tokenizer
-from kill_points import COMMANDS
+from kill_points import COMMANDS, materials
 from picomodels import build
 from wrong_values import Call, judge, wrong_files, wrong_settings
 
@@ -36,36 +40,41 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--kills", type=int, default=100, help="Points of each command.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="Go on with what OUTPUT has.")
     given = parser.parse_args()
     torch.set_num_threads(1)
     root = given.output.resolve()
-    materials(root)
+    if not given.resume:
+        shutil.rmtree(root, ignore_errors=True)
+        make_materials(root)
+    file = root / "results.json"
+    results: dict[str, Any] = read_json(file) if file.exists() else {"calls": {}}
+    results.update(torch=torch.__version__, seed=given.seed)
     (root / "files").mkdir(exist_ok=True)
     calls = {
-        "settings": count(wrong_settings()),
-        "files": count(wrong_files(root / "files", root / "llama", root / "run")),
+        "settings": lambda: wrong_settings(),
+        "files": lambda: wrong_files(root / "files", root / "llama", root / "run"),
     }
-    print_calls(calls)
-    kills = [kill(command, root, given.kills, given.seed) for command in COMMANDS]
-    print_kills(kills)
-    content = {"torch": torch.__version__, "seed": given.seed, "calls": calls, "kills": kills}
-    (root / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for kind, make in calls.items():
+        if kind not in results["calls"]:
+            results["calls"][kind] = count(make())
+            write_json(file, results)
+    print_calls(results["calls"])
+    results["kills"] = [kill(command, root, given.kills, given.seed) for command in COMMANDS]
+    write_json(file, results)
+    print_kills(results["kills"])
 
 
-def materials(root: Path) -> None:
-    """A tiny model, a text and a run to damage."""
-    root.mkdir(parents=True, exist_ok=True)
-    build("llama", torch.float32).save_pretrained(root / "llama")
-    character_tokenizer().save_pretrained(root / "llama")
-    documents = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
-    (root / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+def make_materials(root: Path) -> None:
+    """Tiny models, texts and a run to damage."""
+    root.mkdir(parents=True)
+    documents = [" ".join(random.Random(i).choices(WORDS, k=30)) for i in range(40)]
+    materials(root, build("llama", torch.float32), character_tokenizer(), documents)
     pictures.draw_all = lambda directory, result: {}
     settings = make_settings(
         calibration=str(root / "text.txt"), steps=1, windows=4, window_length=12
     )
-    run_pruning(
-        Request(str(root / "llama"), settings, 0.2, overwrite=(root / "run").exists()), root / "run"
-    )
+    run_pruning(Request(str(root / "llama"), settings, 0.2), root / "run")
 
 
 def count(calls: Iterable[Call]) -> dict[str, Any]:
@@ -87,7 +96,8 @@ def count(calls: Iterable[Call]) -> dict[str, Any]:
 def kill(command: str, root: Path, points: int, seed: int) -> dict[str, Any]:
     """Kill a command at so many points; in a process of its own, of which it makes forks."""
     script = [sys.executable, str(TESTS / "kill_points.py"), command, str(root)]
-    more = ["--points", str(points), "--seed", str(seed)]
+    record = root / f"kills-{command}.jsonl"
+    more = ["--points", str(points), "--seed", str(seed), "--record", str(record)]
     began = time.perf_counter()
     done = subprocess.run([*script, *more], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from adapt_pruner.allocate.chains import Limits, tighten
+from adapt_pruner.allocate.chains import Limits
+from adapt_pruner.allocate.ranking import tighten
 from adapt_pruner.allocate.schedules import sizes_after_steps
 from adapt_pruner.allocate.target import check_reachable, resolve_target
 from adapt_pruner.errors import InvalidTarget

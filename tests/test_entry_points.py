@@ -16,6 +16,7 @@ MODULE = """
 from dataclasses import replace
 
 from adapt_pruner.methods.adapt_pruner import METHOD, AdaptPrunerSettings
+from adapt_pruner.model.architectures import Architecture
 from adapt_pruner.score.importance import Importance
 
 
@@ -26,19 +27,15 @@ class Settings(AdaptPrunerSettings):
 METHOD = replace(METHOD, settings=Settings, presets={}, summary="A method from elsewhere.")
 LAST = Importance(lambda axis, statistics, seed=0: -1.0 * __import__("torch").arange(
     axis.num_units).float())
-"""
-# In a module of its own: architectures are read while the package itself is being imported.
-ARCHITECTURE = """
-from adapt_pruner.model.architectures import ARCHITECTURES
-
-ROW = ARCHITECTURES.own["llama"]
+ROW = Architecture("arcee", "ArceeDecoderLayer", mlp_inputs=("mlp.up_proj",))
 """
 ENTRIES = """[adapt_pruner.methods]
 foreign-method = foreign:METHOD
 [adapt_pruner.importances]
 foreign-importance = foreign:LAST
 [adapt_pruner.architectures]
-foreign-architecture = foreign_rows:ROW
+arcee = foreign:ROW
+broken = no_such_module:ROW
 """
 
 
@@ -49,7 +46,6 @@ def run(tmp_path):
     info = site / "foreign-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "foreign.py").write_text(MODULE)
-    (site / "foreign_rows.py").write_text(ARCHITECTURE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRIES)
     paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
@@ -80,9 +76,23 @@ def test_a_foreign_method_prunes_with_a_foreign_importance(run, llama, text_file
     assert record["after"]["total"] < build("llama", torch.float32).num_parameters()
 
 
-def test_a_foreign_architecture_is_in_the_table(run):
-    code = (
-        "from adapt_pruner.model.architectures import ARCHITECTURES as rows\n"
-        "print('foreign-architecture' in rows, rows['foreign-architecture'] is rows['llama'])"
-    )
-    assert run("-c", code).split() == ["True", "True"]
+def test_a_foreign_architecture_may_stand_beside_its_method(run, tmp_path):
+    """Whatever is imported first; a package that is broken stops nobody else's models."""
+    code = f"""if True:
+        import adapt_pruner
+        {{}}
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("arcee", **sizes))
+        data = adapt_pruner.CalibrationData([torch.arange(60)] * 4, window_length=8, num_windows=4)
+        adapt_pruner.prune(model, calibration=data, sparsity=0.3, method="foreign-method",
+            steps=1, tuning_steps=0)
+        model.save_pretrained({str(tmp_path / "arcee")!r})
+        again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "arcee")!r})
+        assert again.num_parameters() == model.num_parameters(), "layers of their own widths"
+        print(len({{{{layer.mlp.up_proj.out_features for layer in again.model.layers}}}}), "widths")
+    """
+    for first in ("import transformers", "import adapt_pruner.model.anatomy"):
+        assert run("-c", code.format(first)).splitlines()[-1].endswith(" widths")

@@ -8,7 +8,7 @@ import pytest
 
 from adapt_pruner.data.formats import ChatTemplate, TemplateRefusal, detect
 from adapt_pruner.data.overlap import Overlap
-from adapt_pruner.data.reading import Row, read_rows
+from adapt_pruner.data.reading import Record, read_rows
 from adapt_pruner.errors import DataError
 from conftest import character_tokenizer
 
@@ -64,7 +64,7 @@ class TestFormats:
         ],
     )  # fmt: skip
     def test_detected(self, row, format, columns):
-        layout = detect(Row(row, ""), "a")
+        layout = detect(Record(row, ""), "a")
         assert layout.format == format
         assert list(layout.columns.values()) == columns
 
@@ -91,19 +91,19 @@ class TestFormats:
                 assert document.text.endswith(answer)
 
     def test_instruction(self):
-        row = Row({"instruction": "Add.", "input": " 1 2 ", "output": "3", "system": "Be."}, "")
+        row = Record({"instruction": "Add.", "input": " 1 2 ", "output": "3", "system": "Be."}, "")
         (document,) = detect(row, "a").documents(row, "a", with_template(CHATML))
         assert document.text == "<system>Be.</s><user>Add.\n\n1 2</s><assistant>3</s>"
         assert answers_in(document) == ["3</s>"]
 
     def test_optional_column_that_the_first_row_lacks(self):
-        layout = detect(Row({"instruction": "a", "output": "b"}, ""), "a")
-        row = Row({"instruction": "Add.", "context": "1 2", "output": "3"}, "")
+        layout = detect(Record({"instruction": "a", "output": "b"}, ""), "a")
+        row = Record({"instruction": "Add.", "context": "1 2", "output": "3"}, "")
         (document,) = layout.documents(row, "a", with_template(CHATML))
         assert "Add.\n\n1 2" in document.text
 
     def test_prompt_and_response_stand_as_they_are(self):
-        row = Row({"prompt": "a: ", "response": "b "}, "")
+        row = Record({"prompt": "a: ", "response": "b "}, "")
         (document,) = detect(row, "a").documents(row, "a", with_template(None))
         assert (document.text, document.answers) == ("a: b ", ((3, 5),))
 
@@ -116,14 +116,17 @@ class TestFormats:
         ],
     )  # fmt: skip
     def test_blank_rows_are_passed_over(self, row):
-        assert detect(Row(row, ""), "a").documents(Row(row, ""), "a", with_template(CHATML)) == []
+        assert (
+            detect(Record(row, ""), "a").documents(Record(row, ""), "a", with_template(CHATML))
+            == []
+        )
 
     def test_named_columns(self):
-        row = Row({"body": "a", "text": "b"}, "")
+        row = Record({"body": "a", "text": "b"}, "")
         layout = detect(row, "a", columns={"text": "body"})
         assert (layout.format, layout.columns) == ("text", {"text": "body"})
         layout = detect(
-            Row({"q": "a", "a": "b"}, ""), "a", columns={"prompt": "q", "response": "a"}
+            Record({"q": "a", "a": "b"}, ""), "a", columns={"prompt": "q", "response": "a"}
         )
         assert layout.format == "prompt-response"
 
@@ -137,7 +140,7 @@ class TestFormats:
     )
     def test_columns_that_do_not_exist(self, row, format, columns, says):
         with pytest.raises(DataError, match=says):
-            detect(Row(row, "line 1"), "a", format, columns)
+            detect(Record(row, "line 1"), "a", format, columns)
 
     @pytest.mark.parametrize(
         ("row", "says"),
@@ -147,18 +150,20 @@ class TestFormats:
         ],
     )
     def test_row_unlike_the_first(self, row, says):
-        layout = detect(Row({"text": "a"}, ""), "a")
+        layout = detect(Record({"text": "a"}, ""), "a")
         with pytest.raises(DataError, match=says):
-            layout.documents(Row(row, "'b' line 7"), "a", with_template(None))
+            layout.documents(Record(row, "'b' line 7"), "a", with_template(None))
 
     @pytest.mark.parametrize(
         "messages",
         ["Hello.", ["Hello."], [{"role": "user", "content": 1}], [{"content": "Hello."}]],
     )
     def test_messages_that_are_none(self, messages):
-        layout = detect(Row({"messages": []}, ""), "a")
+        layout = detect(Record({"messages": []}, ""), "a")
         with pytest.raises(DataError, match=r"'b' line 7: .*message.* must"):
-            layout.documents(Row({"messages": messages}, "'b' line 7"), "a", with_template(CHATML))
+            layout.documents(
+                Record({"messages": messages}, "'b' line 7"), "a", with_template(CHATML)
+            )
 
 
 class TestChat:
@@ -195,7 +200,7 @@ class TestChat:
 
     def test_sharegpt(self):
         turns = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]
-        row = Row({"conversations": turns}, "")
+        row = Record({"conversations": turns}, "")
         (document,) = detect(row, "a").documents(row, "a", with_template(CHATML))
         assert document.text == "<user>Hello.</s><assistant>Hi.</s>"
 

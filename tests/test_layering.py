@@ -22,7 +22,7 @@ LAYERS = [
     {"settings"},
     {"methods", "evaluation"},
     {"result"},
-    {"api", "plan", "inspection", "export"},
+    {"api", "goal", "plan", "inspection", "export"},
     {"report"},
     {"checkpoint"},
     {"run"},

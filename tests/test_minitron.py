@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from adapt_pruner import prune
 from adapt_pruner.allocate.shapes import ShapeLimits, Shapes, keep_of, parse_shape
 from adapt_pruner.errors import InvalidSettings, InvalidTarget
-from adapt_pruner.methods.minitron import ActivationNorms, calibration_loss, scores_of
+from adapt_pruner.methods.minitron import ActivationNorms, calibration_loss, unit_scores
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.score.collect import Pass, collect
 from adapt_pruner.score.distance import LayerDistance
@@ -27,7 +27,7 @@ def observe(model, micro_batch_size=None):
     norms, distance = ActivationNorms(), LayerDistance()
     how = Pass(micro_batch_size)
     with collect(model, anatomy, TOKENS, [norms, distance], axes=axes, how=how):
-        return axes, scores_of(axes, norms, distance)
+        return axes, unit_scores(axes, norms, distance)
 
 
 @torch.no_grad()

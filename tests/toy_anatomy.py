@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from adapt_pruner.allocate.chains import Limits, Removal, build_chains, remove_ranked
+from adapt_pruner.allocate.chains import Limits, Removal, build_chains
+from adapt_pruner.allocate.ranking import remove_ranked
+from adapt_pruner.model.resources import PARAMETERS
 
 
 @dataclass
@@ -59,14 +61,24 @@ class ToyAnatomy:
         """As many query heads as KV groups."""
         return [{"num_attention_heads": self.sizes.get((i, "kv-groups"), 0)} for i in self.layers]
 
+    resource = PARAMETERS
+
     @property
-    def count(self):
+    def cost(self):
         return self
+
+    @property
+    def amount(self):
+        return self.total_parameters
+
+    @property
+    def outside(self):
+        return self.other_parameters
 
     def of_kinds(self, kinds):
         return [axis for axis in self.axes if axis.kind in kinds]
 
-    def parameters(self, sizes):
+    def total(self, sizes):
         gone = sum((axis.size - sizes[axis.key]) * axis.unit_cost for axis in self.axes)
         return self.total_parameters - gone
 
@@ -94,7 +106,7 @@ def removal_of(axes, scores, limits):
 
 
 def removed(removal):
-    return removal.anatomy.total_parameters - removal.parameters
+    return removal.anatomy.total_parameters - removal.amount
 
 
 def left_without(removal, needed):

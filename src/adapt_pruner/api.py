@@ -12,7 +12,8 @@ from torch import nn
 from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
-from .methods import PruningStep, Work, make_settings, method_named, target_of
+from .goal import GOAL_OPTIONS, Goal
+from .methods import PruningStep, Work, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.edits import Edit, edit_of
 from .model.history import History
@@ -23,7 +24,9 @@ from .settings import PruneSettings
 class Listener:
     """What happens during a run, for progress displays. All methods do nothing by default."""
 
-    def on_start(self, total_parameters: int, target: int) -> None: ...
+    def on_start(self, anatomy: Anatomy, target: int) -> None:
+        """Called once with the model as it is, and the most that it may have of its resource."""
+
     def on_progress(self, share: float) -> None: ...
     def on_step(self, step: PruningStep) -> None: ...
     def on_edit(self, edit: Edit, before: Anatomy) -> None:
@@ -41,18 +44,19 @@ def prune(
     preset: str | None = None,
     listener: Listener | None = None,
     group: Any = None,
-    **overrides: Any,
+    **options: Any,
 ) -> PruningResult:
     """Make `model` smaller, in place, to exactly the size named.
 
     Args:
         model: a supported causal language model of transformers, on any device.
-        tokenizer: needed unless `calibration` is a `CalibrationData`.
+        tokenizer: needed unless `calibration` is a `CalibrationData`, and for `bytes`.
         sparsity: share of the decoder layers' parameters to remove, in [0, 1); or
-        params: parameters that the whole model may have. Either is met at or below, by less than
-            one unit (one multiple or one uniform step, where those are asked for).
+        params: parameters that the whole model may have; or another target of `Goal` in `options`:
+            `bytes` with `quantize`, or `kv_bytes`. All are met at or below, by less than one unit
+            (one multiple, uniform step or block of a quantised file, where those are asked for).
         calibration: text to score on, see `load_calibration`; default: the settings' own.
-        settings: all settings at once; or a `preset` and single settings as keywords, `method`
+        settings: all settings at once; or a `preset` and single settings in `options`, `method`
             among them.
         listener: hears of progress.
         group: processes of torch.distributed that each hold the whole model and all make this call:
@@ -67,19 +71,35 @@ def prune(
         result = prune(model, tokenizer, sparsity=0.2, calibration="text.jsonl")
         result.save("smaller")
     """
-    if settings is not None and overrides:
-        raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(overrides)}.")
-    settings = settings or make_settings(preset, **overrides)
+    aims = {name: options.pop(name) for name in GOAL_OPTIONS & options.keys()}
+    if settings is not None and options:
+        raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(options)}.")
+    settings = settings or make_settings(preset, **options)
     _check_in_memory(model)
-    anatomy = find_anatomy(model)
-    target = target_of(settings, anatomy, sparsity, params)
+    goal = Goal(sparsity=sparsity, params=params, **aims)
+    anatomy = find_anatomy(model, goal.resource(tokenizer))
+    work = _work(anatomy, goal, tokenizer, calibration, settings)
+    work.group = group
+    return next(prune_to_sizes(work, tokenizer, listener))
+
+
+def _work(
+    anatomy: Anatomy,
+    goal: Goal,
+    tokenizer: Any,
+    calibration: str | Path | CalibrationData | None,
+    settings: PruneSettings,
+) -> Work:
+    """What the method is given, if the goal can be met."""
+    model: Any = anatomy.model
+    goal.check_quantize()
+    target = goal.target(settings, anatomy)
     method_named(settings.method).outline(settings, anatomy, target)  # refuses what cannot be met
     if not isinstance(calibration, CalibrationData):
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = calibration_for(model, tokenizer, settings)
-    work = Work(model, calibration, (target,), settings, group=group)
-    return next(prune_to_sizes(work, tokenizer, listener))
+    return Work(model, calibration, (target,), settings, resource=anatomy.resource)
 
 
 def _check_in_memory(model: Any) -> None:
@@ -98,17 +118,16 @@ def prune_to_sizes(
     listener = listener or Listener()
     model: Any = work.model
     _check_in_memory(model)
-    anatomy = find_anatomy(model)
+    anatomy, previous = work.anatomy(), previous_record(model)
     before, widths_before = Size.of(anatomy), anatomy.widths
     history, steps, began = History(anatomy), [], time.perf_counter()
-    previous = previous_record(model)
 
     def on_edit(edit: Edit, now: Anatomy) -> None:
         history.add(edit, now)
         listener.on_edit(edit, now)
 
     work.on_progress, work.on_edit = listener.on_progress, on_edit
-    listener.on_start(before.total, work.targets[-1])
+    listener.on_start(anatomy, work.targets[-1])
     layers = list(history.layers)
     for step in method_named(work.settings.method).run(work):
         anatomy = step.anatomy
@@ -122,6 +141,8 @@ def prune_to_sizes(
                 tokenizer=tokenizer,
                 settings=work.settings,
                 target=step.target,
+                reached=anatomy.amount,
+                resource=work.resource,
                 before=before,
                 after=Size.of(anatomy),
                 widths_before=widths_before,

@@ -53,7 +53,7 @@ def save_result(
         _save_model(result, partial, portable)
         write_json(partial / PRUNING_FILE, result.record())
         recipe = recipe or {
-            "params": result.target,
+            **result.resource.goal(result.target),
             **result.settings.model_dump(mode="json", exclude_defaults=True),
         }
         (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")

@@ -30,7 +30,7 @@ class DataError(AdaptPrunerError, ValueError):
 
 
 class CalibrationError(DataError):
-    """The same of the calibration text."""
+    """Calibration text is missing, malformed, empty or too short, or does not fit the tokenizer."""
 
 
 class EvaluationError(AdaptPrunerError, ValueError):

@@ -87,8 +87,8 @@ def check_output(directory: Path, overwrite: bool, needed_bytes: int = 0) -> Non
 
 
 def place_of(directory: Path) -> Path:
-    """The absolute path of a directory to write. Links above it are followed; itself it must be
-    none, as what a link leads to belongs to somebody else.
+    """The absolute path of a directory to write. Links above it are followed. The directory itself
+    must be no link: what a link leads to belongs to somebody else.
 
     Raises:
         WritingError: for a link, and a name that no file system takes.
@@ -237,7 +237,7 @@ OWN_RESULT = re.compile(rb'\{\s*"format": 1,\s*"(models|model|device)":')
 
 def check_file(file: Path) -> None:
     """Raise WritingError now if results could not be written to `file` later. Only results are
-    replaced: not a configuration, nor a thesis."""
+    replaced, no other file."""
     place = check_place_of_file(file)
     if place.exists() and place.stat().st_size:
         with place.open("rb") as stream:

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
-from .methods import method_named, target_of
+from .goal import Goal
+from .methods import method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.axes import CUTS, Axis
+from .model.resources import PARAMETERS, Resource
 from .result import Size
 from .score.collect import micro_batch_size
 from .score.observers import Fisher, Gram, Observer, matrices
 from .settings import PruneSettings
 
+PROGRAM = 400_000_000
+"""Bytes that Python takes with torch and transformers loaded."""
 EARLIER_SUMS = "Gram matrices of earlier steps"
 
 
@@ -26,8 +30,13 @@ class Plan:
     """Sizes are exact; memory and time are estimates."""
 
     before: Size
+    resource: Resource
+    """What the target limits."""
+    amount_before: int
+    """What the whole model has of it."""
     target: int
-    parameters_after_step: list[int]
+    """What it may have."""
+    amount_after_step: list[int]
     """Whole model after each step; with the adaptive rule all but the last are approximate."""
     memory_bytes: dict[str, int]
     """Per part, at the largest point; the sum is the estimated peak."""
@@ -35,36 +44,53 @@ class Plan:
     """On this machine, from its measured matrix throughput."""
 
     @property
-    def sparsity(self) -> float:
+    def sparsity(self) -> float | None:
+        """Share of the decoder layers' parameters that goes; None if the target limits something
+        else, so that it is known when the units are chosen."""
+        if self.resource is not PARAMETERS:
+            return None
         return (self.before.total - self.target) / self.before.decoder_layers
+
+    @property
+    def most_parameters(self) -> int:
+        """That the result has at most."""
+        return self.target if self.resource is PARAMETERS else self.before.total
 
 
 def make_plan(
     model: Any,
     settings: PruneSettings,
-    sparsity: float | None = None,
-    params: int | None = None,
+    goal: Goal,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    tokenizer: Any = None,
 ) -> Plan:
     """Plan the run that `prune` would make of the same arguments. `model` may be on `meta`.
 
     Raises:
         InvalidTarget, InvalidSettings, UnsupportedModel: as `prune` would.
     """
-    anatomy = find_anatomy(model)
-    target = target_of(settings, anatomy, sparsity, params)
+    anatomy = find_anatomy(model, goal.resource(tokenizer))
+    target = goal.target(settings, anatomy)
     outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)
     memory = _memory(anatomy, settings, outline.observers, dtype, device)
-    starts = [before.total, *outline.sizes[:-1]][: len(outline.sizes)]
+    starts = [anatomy.amount, *outline.sizes[:-1]][: len(outline.sizes)]
     flops = sum(
-        _step_flops(anatomy, settings, outline.observers, size / before.total) for size in starts
+        _step_flops(anatomy, settings, outline.observers, size / anatomy.amount) for size in starts
     )
     # The dense model's forward pass, the head once more for its predictions, and both directions.
     head = _config(anatomy).vocab_size * anatomy.hidden_size
     flops += 2.0 * outline.tuned_tokens * (3 * anatomy.layer_parameters + 3 * head)
-    return Plan(before, target, outline.sizes, memory, flops / _throughput(dtype, device))
+    return Plan(
+        before=before,
+        resource=anatomy.resource,
+        amount_before=anatomy.amount,
+        target=target,
+        amount_after_step=outline.sizes,
+        memory_bytes=memory,
+        seconds=flops / _throughput(dtype, device),
+    )
 
 
 def _memory(
@@ -78,6 +104,8 @@ def _memory(
     axes = _axes(anatomy, settings)
     prunable = sum(matrix.numel() for matrix in matrices(axes))
     memory = {"weights": anatomy.total_parameters * size}
+    if torch.device(device).type == "cpu":
+        memory["the program itself"] = PROGRAM
     if any(observer.needs_weight_gradients for observer in observers):
         memory["weight gradients"] = prunable * size
     if any(isinstance(observer, Fisher) for observer in observers):

@@ -12,6 +12,7 @@ from .model.anatomy import Anatomy
 from .model.axes import AxisKey
 from .model.budget import parameters_by_part
 from .model.edits import Cut, Edit
+from .model.resources import PARAMETERS, Resource
 from .settings import PruneSettings
 
 PRUNING_FILE = "pruning.json"
@@ -83,7 +84,9 @@ class PruningResult:
     tokenizer: Any
     settings: PruneSettings
     target: int
-    """Most parameters allowed for the whole model."""
+    """The most that the whole model may have: parameters, unless `resource` is another."""
+    reached: int
+    """What it has of it."""
     before: Size
     after: Size
     widths_before: list[dict[str, int]]
@@ -93,6 +96,8 @@ class PruningResult:
     """Numbers, in the model before pruning, of the decoder layers that are left."""
     edits: list[Edit]
     """What was done to its structure, in order, from the model before pruning on."""
+    resource: Resource = PARAMETERS
+    """What the target limits."""
     steps: list[StepRecord] = field(default_factory=list)
     seconds: float = 0.0
     measurements: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -117,11 +122,19 @@ class PruningResult:
             key: keep_U.nonzero().flatten() for cut in cuts[:1] for key, keep_U in cut.keep.items()
         }
 
+    def target_record(self) -> dict[str, Any]:
+        """The target, as records hold it; one that is no number of parameters with what it limits
+        and how it was met."""
+        if self.resource is PARAMETERS:
+            return {"target_parameters": self.target}
+        met = {"limits": self.resource.name, "most": self.target, "reached": self.reached}
+        return {"target": met}
+
     def record(self) -> dict[str, Any]:
         """What was done, as it is written to pruning.json."""
         return {
             "format": 2,
-            "target_parameters": self.target,
+            **self.target_record(),
             "sparsity": self.sparsity,
             "before": asdict(self.before),
             "after": asdict(self.after),

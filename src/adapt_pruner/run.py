@@ -17,6 +17,7 @@ from .checkpoint import check_place, save_result
 from .claims import claimed
 from .data.calibration import EMBEDDED
 from .evaluation import evaluation_texts, perplexity
+from .goal import Goal
 from .methods import Work, method_named
 from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
@@ -31,13 +32,11 @@ EVALUATION_WINDOW, EVALUATION_WINDOWS = 256, 400
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Goal):
     """What the user asks for besides the settings."""
 
     model: str
     settings: PruneSettings
-    sparsity: float | None = None
-    params: int | None = None
     evaluate: str | None = None
     """Text to measure perplexity on before and after, as `settings.calibration`; or None."""
     portable: bool = False
@@ -46,13 +45,13 @@ class Request:
 
     def recipe(self, all_sizes: Sequence[Request] = ()) -> dict[str, Any]:
         """All of it, so that the run can be repeated; `all_sizes` are those of a run to several."""
-        targets: dict[str, Any] = {"sparsity": self.sparsity, "params": self.params}
+        targets = self.targets
         if len(all_sizes) > 1:
-            targets = {kind: [getattr(one, kind) for one in all_sizes] for kind, target
-                       in targets.items() if target is not None}  # fmt: skip
+            targets = {kind: [getattr(one, kind) for one in all_sizes] for kind in targets}
         return {
             "model": self.model,
-            **{name: target for name, target in targets.items() if target is not None},
+            **targets,
+            **({"quantize": self.quantize} if self.quantize else {}),
             **({"evaluate": self.evaluate} if self.evaluate else {}),
             **({"portable": True} if self.portable else {}),
             **self.settings.model_dump(mode="json"),
@@ -68,9 +67,15 @@ def plan_run(request: Request) -> Plan:
     """Plan a run without loading weights."""
     model = empty_model(request.model, request.trust_remote_code)
     device = resolve_device(request.settings.device)
-    return make_plan(
-        model, request.settings, request.sparsity, request.params, _dtype(request, model), device
-    )
+    dtype = _dtype(request, model)
+    return make_plan(model, request.settings, request, dtype, device, _tokenizer_to_plan(request))
+
+
+def _tokenizer_to_plan(request: Request) -> Any:
+    """The tokenizer, if a plan needs it: a GGUF file holds it."""
+    if request.bytes is None:
+        return None
+    return load_tokenizer(request.model, request.trust_remote_code)
 
 
 def run_pruning(request: Request, output: Path, listener: Listener | None = None) -> PruningResult:
@@ -107,13 +112,14 @@ def run_pruning_to_sizes(
 
 
 def run_pruning_to_gguf(
-    request: Request, output: Path, quantize: str, listener: Listener | None = None
+    request: Request, output: Path, listener: Listener | None = None
 ) -> tuple[PruningResult, Export]:
     """The same, and write a GGUF file instead. See also `export_gguf`."""
     from .export import export_gguf
     from .export.gguf_file import check_gguf_output, check_is_not_source
     from .export.quantise import file_type
 
+    quantize = request.quantize or "F16"
     file_type(quantize)  # raises now if there is no such type
     check_is_not_source(output, request.model)
 
@@ -140,14 +146,16 @@ def _prune(
         check()  # again: a run that was killed may have left its result
     resolve_device(settings.device)
     empty = empty_model(request.model, request.trust_remote_code)
-    targets = [make_plan(empty, settings, one.sparsity, one.params).target for one in requests]
+    tokenizer = _tokenizer_to_plan(request)
+    plans = [make_plan(empty, settings, one, tokenizer=tokenizer) for one in requests]
+    targets = [plan.target for plan in plans]
     stored, written = stored_dtype(empty), written_dtype(settings, empty)
-    for check, target in zip(checks, targets, strict=True):
-        check(target * written.itemsize)
+    for check, plan in zip(checks, plans, strict=True):
+        check(plan.most_parameters * written.itemsize)
     texts = None
     if request.evaluate:
         texts = evaluation_texts(request.evaluate, settings.text_column, settings.max_documents)
-    tokenizer = load_tokenizer(request.model, request.trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(request.model, request.trust_remote_code)
     calibration = calibration_for(empty, tokenizer, settings)
     before: dict[str, float] | None = None
     largest_first = sorted(range(len(targets)), key=lambda i: -targets[i])
@@ -161,7 +169,8 @@ def _prune(
             request.trust_remote_code,
         )
         before = measure(model, tokenizer, texts) if before is None else before
-        work = Work(model, calibration, [targets[i] for i in order], settings)
+        aims = [targets[i] for i in order]
+        work = Work(model, calibration, aims, settings, resource=plans[0].resource)
         results = prune_to_sizes(work, tokenizer, listener)
         for i, result in zip(order, results, strict=False):
             if settings.dtype == "auto" and stored is not None:

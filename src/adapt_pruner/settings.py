@@ -147,7 +147,7 @@ Pruning = TypeVar("Pruning", bound=PruneSettings)
 def with_defaults(base: type[Pruning], method: str, **defaults: Any) -> type[Pruning]:
     """A class of settings like `base`, for `method`, where some have another default.
 
-    What they mean and which values they may have stays said where `base` says it.
+    `base` alone says what they mean and which values they may have.
     """
     fields: dict[str, Any] = {
         "method": (Literal[method], _changed(base, "method", method)),

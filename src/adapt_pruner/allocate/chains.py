@@ -1,9 +1,10 @@
-"""Which units leave first, and how many parameters are left when they do.
+"""Which units leave first, and what is left of parameters, or of bytes, when they do.
 
 Units leave an axis in a fixed order, least important first. A `Chain` is such an order, cut into
 blocks that leave together: one unit, or as many as a width multiple asks for, or one of every layer
-for a uniform layout, or one query head of every KV group. All rules decide only how many blocks of
-each chain go; `Removal` keeps the account of that, exact for any mix of axes.
+for a uniform layout, or one query head of every KV group. Sizes that cost no less than a larger one
+are left out: 33 neurons take the bytes of 64 where a file has blocks of 32. All rules decide only
+how many blocks of each chain go; `Removal` keeps the account of that, exact for any mix of axes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Chain:
     sizes: Tensor
     """(blocks,) int64"""
     density: Tensor
-    """(blocks,) float64, importance per parameter, ascending."""
+    """(blocks,) float64, importance per parameter, or what else targets limit; ascending."""
     removed: int = 0
 
     @property
@@ -83,7 +84,7 @@ class Chain:
 
 
 class Removal:
-    """What all chains give up together, and the parameters that are left."""
+    """What all chains give up together, and the amount that is left of what targets limit."""
 
     def __init__(self, anatomy: Anatomy, chains: Sequence[Chain]):
         self.anatomy, self.chains = anatomy, list(chains)
@@ -98,17 +99,19 @@ class Removal:
         return sizes
 
     @property
-    def parameters(self) -> int:
-        return self.anatomy.parameters(self.sizes)
+    def amount(self) -> int:
+        """Parameters, unless targets limit something else."""
+        return self.anatomy.cost.total(self.sizes)
 
     def cost(self, chain: Chain, block: int, sizes: Mapping[AxisKey, int] | None = None) -> int:
-        """Parameters that come or go with a block that is next to leave or last to have left."""
+        """What comes or goes with a block that is next to leave or last to have left."""
         sizes = sizes or self.sizes
         units, left = int(chain.sizes[block]), sizes[chain.keys[0]]
-        other = left - units if block == chain.removed else left + units
-        changed = {**sizes, **dict.fromkeys(chain.keys, other)}
-        count = self.anatomy.count
-        return abs(count.touching(chain.keys, changed) - count.touching(chain.keys, sizes))
+        leaves = block == chain.removed
+        changed = {**sizes, **dict.fromkeys(chain.keys, left - units if leaves else left + units)}
+        touching = self.anatomy.cost.touching
+        more = touching(chain.keys, changed) - touching(chain.keys, sizes)
+        return -more if leaves else more
 
     def keep_masks(self, scores: Scores) -> dict[AxisKey, Tensor]:
         """(U,) bool on the CPU for every axis that loses units: False for its lowest scores."""
@@ -167,16 +170,49 @@ def _without_last_layer(axes: list[Axis], scores: Scores) -> list[Axis]:
 
 def _chain(members: list[Axis], scores: Scores, limits: Limits, anatomy: Anatomy) -> Chain:
     axis = members[0]
-    sizes = _block_sizes(axis, limits, anatomy)
-    unit_cost = sum(member.unit_cost * member.strata for member in members)
+    sizes, costs = _worthwhile(members, _block_sizes(axis, limits, anatomy), anatomy)
     sums = [_strata(m, scores[m.key].cpu().double()).sort(dim=1).values.sum(dim=0) for m in members]
     ascending = torch.stack(sums).sum(dim=0)
     ends = torch.cumsum(sizes, dim=0)
     running = torch.cat([torch.zeros(1, dtype=torch.float64), ascending.cumsum(0)])
-    density = (running[ends] - running[ends - sizes]) / (sizes * unit_cost)
-    if len(density):
-        density = torch.cummax(density, dim=0).values  # rounding must not reorder blocks
-    return Chain(members, axis.size, sizes, density)
+    importance = running[ends] - running[ends - sizes]
+    return Chain(members, axis.size, sizes, _ascending(importance, costs))
+
+
+def _worthwhile(members: list[Axis], sizes: Tensor, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """Join blocks until each saves something, and leave out those at the end that never do.
+
+    Returns their sizes and what each saves, while other axes stay whole.
+    """
+    keys = [axis.key for axis in members]
+    widths = members[0].size - torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    tried = {**anatomy.sizes, **dict.fromkeys(keys, widths)}
+    costs = torch.as_tensor(anatomy.cost.touching(keys, tried)).expand(len(widths))
+    cheapest = torch.cummin(costs, dim=0).values
+    saves = torch.cat([torch.ones(1, dtype=torch.bool), cheapest[1:] < cheapest[:-1]])
+    return -widths[saves].diff(), -costs[saves].diff()
+
+
+def _ascending(importance: Tensor, costs: Tensor) -> Tensor:
+    """Importance per cost of each block; where a later block has less than an earlier one, both
+    have that of the two together, so that they leave together.
+
+    An MLP of 256 neurons in blocks of 256 values a row may take no more bytes than one of 224 in
+    blocks of 32: to lose the first 32 neurons then buys nothing, and to lose all of them much.
+    """
+    density = importance / costs
+    if (density.diff() >= 0).all():
+        return density
+    pools: list[tuple[float, int, int]] = []  # importance, cost, blocks
+    for value, cost in zip(importance.tolist(), costs.tolist(), strict=True):
+        count = 1
+        while pools and pools[-1][0] * cost > value * pools[-1][1]:
+            before = pools.pop()
+            value, cost, count = value + before[0], cost + before[1], count + before[2]
+        pools.append((value, cost, count))
+    density = torch.tensor([value / cost for value, cost, _ in pools], dtype=torch.float64)
+    counts = torch.tensor([count for *_, count in pools])
+    return torch.cummax(density.repeat_interleave(counts), dim=0).values  # rounding reorders none
 
 
 def _block_sizes(axis: Axis, limits: Limits, anatomy: Anatomy) -> Tensor:
@@ -210,76 +246,3 @@ def _uniform_widths(axis: Axis, limits: Limits, anatomy: Anatomy) -> list[int]:
     else:
         fitting = [width for width in widths if axis.size % width == 0]
     return [axis.size, *fitting]
-
-
-def remove_ranked(removal: Removal, target: int) -> None:
-    """Remove blocks of lowest importance per parameter, whatever their axis, until at most `target`
-    parameters are left; then give back what was too much (`tighten`)."""
-    chains = removal.chains
-    if removal.parameters > target:
-        before = [chain.removed for chain in chains]
-        ids = torch.cat([torch.full((len(c.sizes) - c.removed,), i) for i, c in enumerate(chains)])
-        density = torch.cat([chain.density[chain.removed :] for chain in chains])
-        ids = ids[torch.argsort(density, stable=True)]
-
-        def remove(count: int) -> int:
-            extra = torch.bincount(ids[:count], minlength=len(chains)).tolist()
-            for chain, start, more in zip(chains, before, extra, strict=True):
-                chain.removed = start + more
-            return removal.parameters
-
-        if remove(len(ids)) > target:
-            raise InvalidTarget(f"At least {removal.parameters:,} parameters stay.")
-        low, high = 0, len(ids)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if remove(middle) > target else (low, middle)
-        remove(high)
-    tighten(removal, target)
-
-
-def tighten(removal: Removal, target: int) -> None:
-    """Give back the most important blocks that were removed beyond `target`.
-
-    Afterwards fewer parameters too many are gone than one block has: one unit, or one multiple.
-    """
-    surplus = target - removal.parameters
-    while True:
-        sizes = removal.sizes
-        fitting = [
-            chain
-            for chain in removal.chains
-            if chain.removed and removal.cost(chain, chain.removed - 1, sizes) <= surplus
-        ]
-        if not fitting:
-            break
-        best = max(fitting, key=lambda chain: float(chain.density[chain.removed - 1]))
-        surplus -= removal.cost(best, best.removed - 1, sizes)
-        best.removed -= 1
-    if surplus:
-        _exchange_coarse_block(removal, target, surplus)
-
-
-def _exchange_coarse_block(removal: Removal, target: int, surplus: int) -> None:
-    """Where only coarse blocks (KV groups) went and the surplus is more than a finer one, give one
-    of them back for finer ones, if that leaves less surplus."""
-    chains, sizes = removal.chains, removal.sizes
-    finer = [
-        chain
-        for chain in chains
-        if chain.removed < len(chain.sizes) and removal.cost(chain, chain.removed, sizes) <= surplus
-    ]
-    coarse = [chain for chain in chains if chain.removed]
-    if not finer or not coarse:
-        return
-    before = [chain.removed for chain in chains]
-    returned = max(coarse, key=lambda chain: float(chain.density[chain.removed - 1]))
-    left = surplus - removal.cost(returned, returned.removed - 1)
-    returned.removed -= 1
-    while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
-        cheapest = min(open_, key=lambda chain: float(chain.density[chain.removed]))
-        left += removal.cost(cheapest, cheapest.removed)
-        cheapest.removed += 1
-    if not 0 <= left < surplus:
-        for chain, removed in zip(chains, before, strict=True):
-            chain.removed = removed

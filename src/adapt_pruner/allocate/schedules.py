@@ -7,18 +7,20 @@ from collections.abc import Sequence
 
 from ..model.anatomy import Anatomy
 from ..model.axes import WHOLE_MODEL
-from .chains import Removal, remove_ranked, tighten
+from .chains import Removal
+from .ranking import remove_ranked, tighten
 
 
 def sizes_after_steps(anatomy: Anatomy, target: int, steps: int) -> list[int]:
-    """Parameters of the whole model after each step: every step leaves the decoder layers the same
-    share of what they had, and the last one meets `target`.
+    """What is left after each step of what the target limits, such as parameters: every step leaves
+    the decoder layers the same share of what they had, and the last one meets `target`.
 
     With 400 parameters, all of them in decoder layers, 100 are reached in two steps by 200, 100.
     """
-    start, other = anatomy.layer_parameters, anatomy.other_parameters
+    other = anatomy.cost.outside
+    start = anatomy.amount - other
     if target <= other:  # what is outside the decoder layers shrinks too
-        start, other = anatomy.total_parameters, 0
+        start, other = anatomy.amount, 0
     share = (target - other) / start
     return [other + round(start * share ** (i / steps)) for i in range(1, steps)] + [target]
 
@@ -53,7 +55,7 @@ class AdaptiveSchedule:
         self.steps_left -= 1
         self._apply(removal, end)
         self.sparsity = end
-        if removal.parameters > target:
+        if removal.amount > target:
             if self.steps_left > 0 and end != start and any(s < 0.99 for s in end):
                 return False
             remove_ranked(removal, target)  # every layer is as sparse as the rule can make it
@@ -62,7 +64,7 @@ class AdaptiveSchedule:
         for _ in range(40):
             middle = (low + high) / 2
             self._apply(removal, _between(start, end, middle))
-            low, high = (middle, high) if removal.parameters > target else (low, middle)
+            low, high = (middle, high) if removal.amount > target else (low, middle)
         self.sparsity = _between(start, end, high)
         self._apply(removal, self.sparsity)
         tighten(removal, target)

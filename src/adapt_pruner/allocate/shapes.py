@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 
 import torch
 
@@ -103,7 +103,7 @@ class Shapes:
         return {key: int(size) for key, size in sizes.items()}
 
     def fitting(self, target: int, order: Sequence[int]) -> list[Shape]:
-        """The shapes of exactly the target's size, within less than one neuron of every layer.
+        """The shapes that meet the target, within less than one neuron of every layer.
 
         Raises:
             InvalidSettings: if the settings name a shape that this model does not have.
@@ -173,32 +173,37 @@ class Shapes:
         whole, multiple = self.whole[NEURONS], self.limits.multiple
         smallest = max(1, round(whole * (1 - self.limits.max_width_pruning)))
 
-        def count(width: int) -> int:
-            return self.anatomy.parameters(self.sizes({**shape, NEURONS: width}, order))
+        def cost(width: int) -> int:
+            return self.anatomy.cost.total(self.sizes({**shape, NEURONS: width}, order))
 
         width = self.pinned().get(NEURONS)
         if width is None:
-            each = count(2) - count(1)
-            width = min(whole, (target - count(1)) // each + 1)
+            each = (cost(2 * whole) - cost(whole)) / whole  # bytes come in blocks
+            width = min(whole, whole + int((target - cost(whole)) // each))
             width -= width % multiple if width < whole else 0
+            while width > 0 and cost(width) > target:
+                width -= multiple
+            while width + multiple <= whole and cost(width + multiple) <= target:
+                width += multiple
             if width < smallest:
                 return
-        unit = multiple * (count(2) - count(1))
-        if 0 <= target - count(width) < unit:
+        more = next(found for n in count(1) if (found := cost(width + n * multiple)) > cost(width))
+        if cost(width) <= target < more:
             yield {**shape, NEURONS: width}
 
     def _refuse(self, target: int, order: Sequence[int]) -> None:
         pinned = self.pinned()
         if pinned.keys() >= self.whole.keys() - {QUERY_HEADS}:
             shape = {**self.whole, **pinned}
-            count = self.anatomy.parameters(self.sizes(shape, order))
+            has = self.anatomy.resource.written(self.anatomy.cost.total(self.sizes(shape, order)))
             raise InvalidTarget(
-                f"The shape {self.limits.named} has {count:,} parameters, and the target is "
-                f"{target:,}. Name that many as the target, or leave intermediate out of the shape."
+                f"The shape {self.limits.named} has {has}, and the target is {target:,}. Name that "
+                "many as the target, or leave intermediate out of the shape."
             )
         raise InvalidTarget(
-            f"No uniform shape within the limits has {target:,} parameters. Name another target, "
-            "allow more with --max-width-pruning and --max-depth-pruning, or name a --shape."
+            f"No uniform shape within the limits has {self.anatomy.resource.written(target)}. Name "
+            "another target, allow more with --max-width-pruning and --max-depth-pruning, or name "
+            "a --shape."
         )
 
 

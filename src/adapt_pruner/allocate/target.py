@@ -1,4 +1,4 @@
-"""What size is asked for, and whether it can be reached."""
+"""What is asked for, and whether it can be reached."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import torch
 
 from ..errors import InvalidTarget
 from ..model.anatomy import Anatomy
+from ..model.resources import PARAMETERS
 from .chains import Limits, Removal, build_chains
 
 
-def resolve_target(anatomy: Anatomy, sparsity: float | None, params: int | None) -> int:
-    """Return the largest parameter count allowed for the whole model.
+def resolve_target(anatomy: Anatomy, sparsity: float | None, most: int | None) -> int:
+    """Return the most that the whole model may have of what targets limit.
 
     Exactly one of the two is given: `sparsity`, the fraction of the decoder layers' parameters to
-    remove, in [0, 1); or `params`, of the whole model with embeddings.
+    remove, in [0, 1); or `most` itself: parameters of the whole model with embeddings, unless the
+    anatomy's resource is another.
 
     Raises:
         InvalidTarget: if the target is missing, doubled, malformed or above the present size.
     """
-    if (sparsity is None) == (params is None):
+    if (sparsity is None) == (most is None):
         raise InvalidTarget("Give the target once: --sparsity 0.2, or --params 350M.")
     if sparsity is not None:
         if not 0 <= sparsity < 1:
@@ -30,38 +32,40 @@ def resolve_target(anatomy: Anatomy, sparsity: float | None, params: int | None)
                 f"got {sparsity:g}.{hint}"
             )
         return anatomy.total_parameters - math.ceil(sparsity * anatomy.layer_parameters - 1e-6)
-    assert params is not None
-    if params > anatomy.total_parameters:
+    assert most is not None
+    if most > anatomy.amount:
         raise InvalidTarget(
-            f"The target of {params:,} parameters is above the model's {anatomy.total_parameters:,}"
-            ". Name a smaller one."
+            f"The target of {anatomy.resource.written(most)} is above the model's "
+            f"{anatomy.amount:,}. Name a smaller one."
         )
-    return params
+    return most
 
 
 def smallest_size(anatomy: Anatomy, limits: Limits) -> int:
-    """Parameters of the whole model with everything cut that may be cut."""
+    """What is left of the whole model with everything cut that may be cut."""
     # The layer that has to stay is the one that scores highest: here the largest.
     scores = {axis.key: torch.full((axis.num_units,), float(axis.unit_cost)) for axis in
               limits.axes(anatomy)}  # fmt: skip
     removal = Removal(anatomy, build_chains(anatomy, scores, limits))
     for chain in removal.chains:
         chain.removed = len(chain.sizes)
-    return removal.parameters
+    return removal.amount
 
 
 def check_reachable(anatomy: Anatomy, target: int, limits: Limits, added: int = 0) -> None:
-    """Raise InvalidTarget if cutting all that may be cut does not reach `target` parameters.
+    """Raise InvalidTarget if cutting all that may be cut does not reach `target`.
 
     Args:
         added: parameters that the method gives the model besides, such as biases.
     """
     smallest = smallest_size(anatomy, limits) + added
     if target < smallest:
-        sparsity = (anatomy.total_parameters - smallest) / anatomy.layer_parameters
+        outside = anatomy.cost.outside
+        sparsity = (anatomy.amount - smallest) / max(anatomy.amount - outside, 1)
+        share = f" (sparsity {sparsity:.4f})" if anatomy.resource is PARAMETERS else ""
         raise InvalidTarget(
-            f"The target of {target:,} parameters is below what is possible: with everything cut "
-            f"that may be, the model has {smallest:,} (sparsity {sparsity:.4f}), of which "
-            f"{anatomy.other_parameters:,} are outside the decoder layers. Name a larger target, "
-            "or allow more to be cut with --cut."
+            f"The target of {anatomy.resource.written(target)} is below what is possible: with "
+            f"everything cut that may be, the model has {smallest:,}{share}, of which "
+            f"{outside:,} are outside the decoder layers. Name a larger target, or allow more to "
+            "be cut with --cut."
         )

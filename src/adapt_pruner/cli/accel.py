@@ -9,6 +9,7 @@ import click
 
 from ..limits import Batch, Factor, Hours, Loss, Rounds, Steps
 from ..recovery.settings import RecoverySettings, make_recovery_settings
+from .export import quantize_option
 from .options import (
     MethodCommand,
     named_model,
@@ -30,6 +31,9 @@ RECIPE_KEYS = {
     "tokens": (int, str),
     "sparsity": (float, int),
     "params": (int, str),
+    "bytes": (int, str),
+    "kv_bytes": (int, str),
+    "quantize": (str,),
     "preset": (str,),
     "teacher": (str,),
     "evaluate": (str,),
@@ -40,6 +44,7 @@ RECIPE_KEYS = {
 
 @click.command("accel", cls=MethodCommand)
 @run_options
+@quantize_option
 @click.option("--tokens", type=Count(), help="Tokens to train on in all, such as 1.2B.")
 @click.option(
     "--data",
@@ -129,7 +134,7 @@ def _request(
     training = {name: options.pop(name) for name in RecoverySettings.model_fields}
     values = own_values(own, said_of_run)
     if len(several_sizes(values)) > 1:
-        raise click.UsageError("accel trains one size; name one --sparsity or --params.")
+        raise click.UsageError("accel trains one size; name one target.")
     model = named_model(model or said.get("model"), output, dry_run)
     for name, example in (("tokens", "100M"), ("data", "text.jsonl")):
         if values[name] is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MEASURE = ("limit", "num_fewshot", "batch_size", "max_length", "window", "stride")
 """Settings of evaluation that pruning has none of its own for."""
-SHARED = ("dtype", "device", "device_map", "text_column")
+FOR_ALL_METHODS = ("dtype", "device", "device_map", "text_column")
 
 
 @click.command("compare")
@@ -126,7 +126,7 @@ def _request(output: Path, options: dict[str, Any]) -> ComparisonRequest:
         raise InvalidSettings(f"seed: {seeds} of them must be at most {MAX_SEED}; got {first}.")
     evaluation = make_evaluation_settings(
         **{name: value for name, value in measure.items() if value is not None},
-        **{name: given[name] for name in SHARED if name in given},
+        **{name: given[name] for name in FOR_ALL_METHODS if name in given},
     )
     return ComparisonRequest(
         model=model,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ..comparison.cells import Cell, CellResult, Comparison
     from ..comparison.table import Tables
     from ..methods import PruningStep
+    from ..model.anatomy import Anatomy
     from ..plan import Plan
     from ..recovery.estimate import AccelPlan
     from ..recovery.schedule import Phase
@@ -52,7 +53,7 @@ def hush_libraries() -> None:
     import transformers
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
-    # Said aloud, so that it does not warn of forks: this program makes none that tokenise.
+    # Set explicitly, so that tokenizers do not warn of forks: no fork of this program tokenises.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -85,6 +86,7 @@ class ProgressBar(Listener):
         self.bar = _progress(quiet, TextColumn("{task.percentage:>3.0f}%"))
         self.task = self.bar.add_task("loading", total=None)
         self.start = self.now = self.target = self.steps = 0
+        self.limits = "parameters"
         self.share_of_step = 0.1
 
     def __enter__(self) -> ProgressBar:
@@ -94,16 +96,16 @@ class ProgressBar(Listener):
     def __exit__(self, *exc) -> None:
         self.bar.stop()
 
-    def on_start(self, total_parameters: int, target: int) -> None:
-        self.start = self.now = total_parameters
-        self.target = target
+    def on_start(self, anatomy: Anatomy, target: int) -> None:
+        self.start = self.now = anatomy.amount
+        self.target, self.limits = target, anatomy.resource.name
         self.bar.update(self.task, total=1.0, completed=0.0, description=self._description())
 
     def on_progress(self, share: float) -> None:
         self.bar.update(self.task, completed=self._done() + share * self.share_of_step)
 
     def on_step(self, step: PruningStep) -> None:
-        before, self.now = self._done(), step.anatomy.total_parameters
+        before, self.now = self._done(), step.anatomy.amount
         self.steps = step.step
         self.share_of_step = min(self._done() - before, 1 - self._done())
         self.bar.update(self.task, completed=self._done(), description=self._description())
@@ -112,7 +114,7 @@ class ProgressBar(Listener):
         return (self.start - self.now) / max(self.start - self.target, 1)
 
     def _description(self) -> str:
-        return f"step {self.steps + 1} · {short(self.now)} → {short(self.target)} parameters"
+        return f"step {self.steps + 1} · {short(self.now)} → {short(self.target)} {self.limits}"
 
 
 class TaskBar(EvaluationListener):
@@ -217,10 +219,10 @@ def show_result(result: PruningResult) -> None:
     for name, pair in result.measurements.items():
         row(name, pair["before"], pair["after"], ",.4g" if pair["before"] > 1000 else ".3f")
     out.print(table)
-    gap = result.target - after.total
+    gap = result.target - result.reached
     out.print(
-        f"target {result.target:,} parameters, met with {gap:,} to spare; sparsity of the decoder "
-        f"layers {result.sparsity:.4f}; {steps_of(len(result.steps))} in "
+        f"target {result.resource.written(result.target)}, met with {gap:,} to spare; sparsity of "
+        f"the decoder layers {result.sparsity:.4f}; {steps_of(len(result.steps))} in "
         f"{result.seconds:.1f} s",
         soft_wrap=True,
     )
@@ -230,13 +232,14 @@ def show_plan(plan: Plan) -> None:
     """The plan of a dry run."""
     out.print(
         f"{plan.before.total:,} parameters ({plan.before.decoder_layers:,} in the decoder layers) "
-        f"→ at most {plan.target:,} (sparsity {plan.sparsity:.4f})",
+        + (f"→ at most {plan.target:,} (sparsity {plan.sparsity:.4f})" if plan.sparsity is not None
+           else f"of {plan.amount_before:,} {plan.resource.name} → at most {plan.target:,}"),
         soft_wrap=True,
-    )
+    )  # fmt: skip
     table = Table(box=None, pad_edge=False)
     table.add_column("step", justify="right")
-    table.add_column("parameters", justify="right")
-    for i, size in enumerate(plan.parameters_after_step, 1):
+    table.add_column(plan.resource.name, justify="right")
+    for i, size in enumerate(plan.amount_after_step, 1):
         table.add_row(str(i), f"{size:,}")
     out.print(table)
     memory = Table(box=None, pad_edge=False)
@@ -308,8 +311,8 @@ class TrainingProgress(AccelListener):
 def show_accel_plan(plan: AccelPlan) -> None:
     """The plan of a dry run of accel."""
     out.print(
-        f"{plan.before.total:,} parameters → at most {plan.target:,} in {len(plan.phases)} phases; "
-        f"{plan.tokens:,} tokens in steps of {plan.tokens_per_step:,}",
+        f"{plan.before.total:,} parameters → at most {plan.resource.written(plan.target)} in "
+        f"{len(plan.phases)} phases; {plan.tokens:,} tokens in steps of {plan.tokens_per_step:,}",
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)

@@ -76,7 +76,8 @@ def program(debug: bool) -> None:  # main() looks at --debug
 def main(args: list[str] | None = None) -> None:
     """Run the program and exit. Every error is one message on stderr and a non-zero status."""
     arguments = sys.argv[1:] if args is None else args
-    # Anywhere, because it is an afterthought; but what stands after `with` is another program's.
+    # It may stand anywhere: people add it to a command that failed. What follows `with` belongs to
+    # another program.
     end = _end_of_ours(arguments)
     debug = "--debug" in arguments[:end]
     ours = [argument for argument in arguments[:end] if argument != "--debug"]
@@ -167,7 +168,7 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
 
 
 def _owner(option: str) -> str:
-    """Whose setting it is, if another method has one of that name."""
+    """Which other methods have a setting of that name, as the end of a message."""
     from ..methods import owners_of
 
     owners = owners_of(option.lstrip("-").replace("-", "_"))

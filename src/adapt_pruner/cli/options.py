@@ -13,11 +13,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..errors import InvalidSettings, near_match, shown
-from ..figures import short
+from ..figures import in_bytes, short
 from ..files import read_yaml
+from ..goal import TARGETS
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
 from ..settings import OneOf, PruneSettings
 from .parameters import (
+    Bytes,
     Choice,
     Count,
     Integers,
@@ -182,41 +184,46 @@ def read_recipe(
 def own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """Values that are not settings, from flags or else the recipe; targets and counts as numbers.
 
-    A target given as a flag replaces one of either kind in the recipe.
+    A target given as a flag replaces one of any kind in the recipe.
     """
     values = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
-    if flags["sparsity"] is not None:
-        values["params"] = flags["params"]
-    elif flags["params"] is not None:
-        values["sparsity"] = None
-    for name in ("params", "tokens"):
+    if any(flags.get(name) is not None for name in TARGETS):
+        values |= {name: flags[name] for name in TARGETS if name in flags}
+    for name, kind in _COUNTS.items():
         if (value := values.get(name)) is not None:
             try:
                 many = isinstance(value, (list, tuple))
-                counts = [
-                    Count().convert(each, None, None) for each in (value if many else [value])
-                ]
+                counts = [kind.convert(each, None, None) for each in (value if many else [value])]
             except click.BadParameter as error:
                 raise InvalidSettings(f"{name}: {error.message}") from None
             values[name] = counts if many else counts[0]
     return values
 
 
+_COUNTS = {"params": Count(), "tokens": Count(), "bytes": Bytes(), "kv_bytes": Bytes()}
+
+
 def several_sizes(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Split a target of several sizes: name of each, such as "sparsity-0.2", -> its target."""
-    for kind in ("sparsity", "params"):
+    for kind in TARGETS:
         sizes = values.get(kind)
         if sizes is None:
             continue
         sizes = sizes if isinstance(sizes, (list, tuple)) else [sizes]
         if not all(type(size) in (int, float) for size in sizes) or not sizes:
             raise InvalidSettings(f"{kind}: must be numbers; got {shown(sizes)}.")
-        written = [f"{size:g}" if kind == "sparsity" else short(size) for size in sizes]
+        how = {"sparsity": "{:g}".format, "params": short}.get(kind, _short_bytes)
+        written = [how(size) for size in sizes]
         found = dict(zip(written, sizes, strict=True))
         if len(found) < len(sizes):
             raise InvalidSettings(f"{kind}: the sizes must differ; got {', '.join(written)}.")
-        return {f"{kind}-{name}": {kind: size} for name, size in found.items()}
+        return {f"{kind.replace('_', '-')}-{name}": {kind: size} for name, size in found.items()}
     return {"": {}}
+
+
+def _short_bytes(count: int) -> str:
+    """As a part of a directory's name."""
+    return in_bytes(count).replace(" ", "")
 
 
 def resolve_settings(
@@ -249,6 +256,12 @@ _RUN_OPTIONS = (
     click.option(
         "--params", type=Several(Count()), help="Parameters of the whole model, such as 350M."
     ),
+    click.option(
+        "--bytes", type=Several(Bytes()), help="Bytes of its GGUF file, such as 80MB (--quantize)."
+    ),
+    click.option(
+        "--kv-bytes", type=Several(Bytes()), help="Bytes of KV cache per token, such as 20kB."
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it."),
     click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and after."),
     click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map)."),
@@ -278,8 +291,8 @@ def named_model(model: str | None, output: Path | None, dry_run: bool) -> str:
 
 
 def check_before(models: Sequence[str], file: Path | None, trust_remote_code: bool) -> None:
-    """Raise now what would end a measurement later: a file that cannot be written, and models that
-    there are not or that are no causal ones."""
+    """Raise now what would end a measurement later: a file that cannot be written, a model that
+    does not exist or is no causal language model."""
     from ..files import check_file
     from ..model.loading import check_causal, load_config
 

@@ -35,6 +35,32 @@ class Count(click.ParamType):
         return round(count)
 
 
+class Bytes(click.ParamType):
+    """A number of bytes: 80MB, 1.5GB, 20kB, 64MiB or 80000000."""
+
+    name = "bytes"
+    factors = {"b": 1} | {
+        f"{letter}{ending}": base**power
+        for power, letter in enumerate("kmgt", 1)
+        for ending, base in (("b", 1000), ("ib", 1024))
+    }
+
+    def convert(self, value: Any, param, ctx) -> int:
+        text = str(value).strip().lower().replace(",", "").replace("_", "")
+        number = text.rstrip("bikmgt ")
+        factor = self.factors.get(text[len(number) :].strip() or "b")
+        try:
+            count = float(number) * (factor or math.nan)
+        except ValueError:
+            count = math.nan
+        if not 1 <= count < 10**15 or count % 1:
+            self.fail(
+                f"expected bytes such as 80MB, 1.5GB, 64MiB or 20kB; got {quoted(value)}.",
+                param, ctx,
+            )  # fmt: skip
+        return round(count)
+
+
 class Number(click.ParamType):
     """A number of one of the types in `limits`, which say how large it may be."""
 

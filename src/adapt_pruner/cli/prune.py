@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..goal import TARGETS
 from .export import quantize_option, show_export
 from .options import (
     MethodCommand,
@@ -26,6 +27,9 @@ RECIPE_KEYS = {
     "model": (str,),
     "sparsity": (float, int, list),
     "params": (int, str, list),
+    "bytes": (int, str, list),
+    "kv_bytes": (int, str, list),
+    "quantize": (str,),
     "preset": (str,),
     "evaluate": (str,),
     "portable": (bool,),
@@ -38,7 +42,6 @@ RECIPE_KEYS = {
 def command(
     model: str | None,
     output: Path | None,
-    quantize: str | None,
     recipe: Path | None,
     dry_run: bool,
     quiet: bool,
@@ -51,6 +54,7 @@ def command(
     adapt-pruner prune meta-llama/Llama-3.2-1B -o smaller --sparsity 0.2
     adapt-pruner prune ./my-model -o smaller --params 350M --calibration text.jsonl
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
+    adapt-pruner prune ./my-model -o smaller.gguf --bytes 80MB --quantize Q4_K_M
     """
     from ..model.loading import is_gguf
     from ..run import plan_run, run_pruning_to_sizes
@@ -59,9 +63,12 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
-    if quantize and not to_gguf:
-        raise click.UsageError("--quantize is for GGUF files: name one, -o smaller.gguf.")
     requests = _requests(model, said, options)
+    is_of_file = to_gguf or any(request.bytes is not None for request in requests.values())
+    if options["quantize"] and not is_of_file:
+        raise click.UsageError(
+            "--quantize is for GGUF files: name one, -o smaller.gguf, or give --bytes."
+        )
     console.hush_libraries()
     if dry_run:
         for request in requests.values():
@@ -69,7 +76,7 @@ def command(
         return
     assert output is not None
     if to_gguf:
-        _prune_to_gguf(list(requests.values()), output, quantize, quiet)
+        _prune_to_gguf(list(requests.values()), output, quiet)
         return
     outputs = [output / name for name in requests] if len(requests) > 1 else [output]
     with console.ProgressBar(quiet) as bar:
@@ -84,8 +91,9 @@ def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict
     recipe."""
     from ..run import Request, default_calibration
 
-    own = {key: options.pop(key) for key in ("sparsity", "params", "evaluate", "portable")}
+    own = {key: options[key] for key in (*TARGETS, "quantize", "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
+    options = {key: value for key, value in options.items() if key not in own}
     preset = options.pop("preset", None)
     values = own_values(own, said)
     sizes = several_sizes(values)
@@ -99,16 +107,14 @@ def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict
     return {name: replace(request, **size) for name, size in sizes.items()}
 
 
-def _prune_to_gguf(
-    requests: list[Request], output: Path, quantize: str | None, quiet: bool
-) -> None:
+def _prune_to_gguf(requests: list[Request], output: Path, quiet: bool) -> None:
     from ..run import run_pruning_to_gguf
     from . import console
 
     if len(requests) > 1:
         raise click.UsageError("A GGUF file holds one size; name a directory for several.")
     with console.ProgressBar(quiet) as bar:
-        result, exported = run_pruning_to_gguf(requests[0], output, quantize or "F16", bar)
+        result, exported = run_pruning_to_gguf(requests[0], output, bar)
     if not quiet:
         console.show_result(result)
         show_export(exported)

@@ -21,6 +21,7 @@ from ..errors import InvalidSettings, LoadingError, NonFiniteError, shown
 from ..evaluation import Evaluation, ResultStore, Score, code, evaluate, fingerprint
 from ..evaluation.store import Record
 from ..evaluation.subject import Subject
+from ..goal import Goal
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
 from ..result import PruningResult
@@ -93,7 +94,7 @@ class _Runner:
             check_window_length(empty.config, variant.settings)
             resolve_device(variant.settings.device)
             for sparsity in request.sparsities:
-                plan = make_plan(empty, variant.settings, sparsity)
+                plan = make_plan(empty, variant.settings, Goal(sparsity=sparsity))
                 self.targets[variant, sparsity] = plan.target
         self.vocab_size = empty.get_input_embeddings().weight.shape[0]
         self.stored_dtype = stored_dtype(empty)

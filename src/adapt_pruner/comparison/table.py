@@ -75,7 +75,7 @@ class Figure:
     is_best: bool = False
 
 
-Row = tuple[str, list[Figure]]
+TableRow = tuple[str, list[Figure]]
 
 
 class Tables:
@@ -122,7 +122,7 @@ class Tables:
             text += f" (n={found.n})"
         return Figure(text, variant.name in self.best(sparsity, metric))
 
-    def grid(self) -> tuple[list[str], list[Row]]:
+    def grid(self) -> tuple[list[str], list[TableRow]]:
         """Heads and rows: with one metric methods by sparsities, with several as in table 1."""
         dense = [score for m in self.shown if (score := m.find(self.comparison.dense.scores))]
         if len(self.shown) == 1:

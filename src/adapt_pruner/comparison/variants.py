@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 library is a variant under its own name, too."""
 DEFAULT_VARIANTS = ("best", "paper", "uniform", "magnitude", "random")
 
-MOST_VALUES, LONGEST_NAME = 100, 100
+MOST_VALUES, LONGEST_VARIANT_NAME = 100, 100
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def read_methods(file: Path) -> dict[str, dict[str, Any]]:
                 f"Variants '{file}': {shown(str(name))} must be a mapping of settings; got "
                 f"{shown(values)}."
             )
-        if not isinstance(name, str) or not 0 < len(name.strip()) <= LONGEST_NAME:
+        if not isinstance(name, str) or not 0 < len(name.strip()) <= LONGEST_VARIANT_NAME:
             raise InvalidSettings(
-                f"Variants '{file}': a name must be text of 1 to {LONGEST_NAME} characters; got "
-                f"{shown(name)}."
+                f"Variants '{file}': a name must be text of 1 to {LONGEST_VARIANT_NAME} "
+                f"characters; got {shown(name)}."
             )
     return {name: values or {} for name, values in methods.items()}
 

@@ -126,7 +126,8 @@ def _train(model, head, scales, lessons, how: Tuning, on_progress) -> list[float
 def _passes(model, head: nn.Module, windows_BT: Tensor, dense_BTD: Tensor) -> float:
     """Mean divergence per token, in micro-batches; where gradients are on, also its gradients."""
     device = model.get_input_embeddings().weight.device
-    size, found = micro_batch_size(None, windows_BT.shape[1], device.type, []), 0.0
+    # Scales keep more than twice of what a scoring pass keeps for its way back.
+    size, found = micro_batch_size(None, 2 * windows_BT.shape[1], device.type, []), 0.0
     for tokens_BT, dense in zip(windows_BT.split(size), dense_BTD.split(size), strict=True):
         hidden_BTD = hidden_states(model, tokens_BT.to(device))
         part = divergence(head, dense, windows_BT.numel())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError, DataError, shown
 from . import pydocs
 from .reading import EMBEDDED as EMBEDDED
-from .reading import Row, files_in, local_path, local_rows, read_rows
+from .reading import Record, files_in, local_path, local_rows, read_rows
 
 
 class CalibrationData:
@@ -124,7 +124,7 @@ def sourced_documents(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> list[tuple[Tensor, str]]:
-    """The same documents, each with what it comes from: see `Row.source`."""
+    """The same documents, each with what it comes from: see `Record.source`."""
     rows = islice(_read(source, text_column, seed), max_documents)
     documents = list(_tokenise(rows, tokenizer))
     largest = max((int(tokens.max()) for tokens, _ in documents), default=0)
@@ -174,11 +174,11 @@ def _read(source: str, text_column: str, seed: int) -> Iterator[tuple[str, str]]
 
 
 T = TypeVar("T")
-PATIENCE = 1_000
+FRUITLESS_ROWS = 1_000
 """Rows without the column of the text, after which there is none; single rows may lack it."""
 
 
-def _texts(rows: Iterable[Row], source: str, column: str) -> Iterator[tuple[str, str]]:
+def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[tuple[str, str]]:
     """What the column of the text holds, blank texts left out, and what it comes from."""
     is_known, lacking = False, None
     for number, row in enumerate(rows, 1):
@@ -192,7 +192,7 @@ def _texts(rows: Iterable[Row], source: str, column: str) -> Iterator[tuple[str,
             is_known = True
         else:
             lacking = row
-        if lacking and not is_known and number == PATIENCE:
+        if lacking and not is_known and number == FRUITLESS_ROWS:
             break
         if text and text.strip():
             yield text, row.source

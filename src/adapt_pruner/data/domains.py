@@ -22,7 +22,7 @@ from ..errors import DataError, WritingError
 from ..files import atomic_directory, check_output, refusal, write_json
 from . import pydocs
 from .fingerprints import of_source, of_texts, of_tokenizer, short_hash
-from .formats import ChatTemplate, Document, Layout, TemplateRefusal, detect
+from .formats import ChatTemplate, Document, RowLayout, TemplateRefusal, detect
 from .mixture import Mixture, Source
 from .npy import RowWriter
 from .overlap import Overlap
@@ -241,7 +241,7 @@ class DomainCache:
                 else:
                     yield document
 
-    def _template_for(self, layout: Layout, source: Source) -> ChatTemplate:
+    def _template_for(self, layout: RowLayout, source: Source) -> ChatTemplate:
         if self._template.text is not None:
             return self._template
         if layout.format == "chat":

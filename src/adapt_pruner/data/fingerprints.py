@@ -35,7 +35,7 @@ def of_source(source: Source) -> Any:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Whatever changes its tokens. The state that padding and truncation are in does not count."""
+    """Whatever changes its tokens. Settings of padding and truncation do not count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]

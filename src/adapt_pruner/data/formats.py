@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import DataError, near_match, shortened, shown
 from ..files import MAX_TEXT_BYTES, read_bytes
-from .reading import Row, pieces_of
+from .reading import Record, pieces_of
 
 Spans = tuple[tuple[int, int], ...]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -267,14 +267,14 @@ FORMATS: dict[str, Format] = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How the rows of one source are to be read."""
 
     format: str
     columns: dict[str, str]
     """Column by role, of those in the first row."""
 
-    def documents(self, row: Row, source: str, template: ChatTemplate) -> list[Document]:
+    def documents(self, row: Record, source: str, template: ChatTemplate) -> list[Document]:
         """The documents of a row, none where it is blank.
 
         Raises:
@@ -296,15 +296,15 @@ class Layout:
             raise DataError(f"{row.place}: {error}. Correct it, or name other columns.") from error
 
 
-def _no_column(source: str, column: str, row: Row) -> str:
+def _no_column(source: str, column: str, row: Record) -> str:
     has = ", ".join(sorted(row.values)) or "none"
     hint = near_match(column, row.values)
     return f"'{source}' has no column '{column}' ({row.place}); it has {has}.{hint}"
 
 
 def detect(
-    row: Row, source: str, format: str = "auto", columns: dict[str, str] | None = None
-) -> Layout:
+    row: Record, source: str, format: str = "auto", columns: dict[str, str] | None = None
+) -> RowLayout:
     """The layout of a source, from its first row and what is said about it.
 
     Args:
@@ -325,7 +325,7 @@ def detect(
             for role, names in form.roles.items()
         } | said
         if all(found.get(role) for role in form.required) and set(said) <= set(form.roles):
-            return Layout(name, {role: column for role, column in found.items() if column})
+            return RowLayout(name, {role: column for role, column in found.items() if column})
     has = ", ".join(sorted(row.values)) or "none"
     wanted = "; ".join(
         f"{name}: {' and '.join(names[0] for names in FORMATS[name].required.values())}"

@@ -75,7 +75,7 @@ def _head(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
 def _is_module(package: str, name: str) -> bool:
     try:
         return find_spec(f"{package}.{name}") is not None
-    except ModuleNotFoundError:  # what it is looked for in is no package
+    except ModuleNotFoundError:  # the name is looked up in something that is no package
         return False
 
 

@@ -24,7 +24,7 @@ from ..model.checks import weight_files
 from ..model.loading import commit_of, load_config, reading, resolve_name
 from .store import digest
 
-# What changes when a model is saved or moved, and not what it computes.
+# Keys that change when a model is saved or moved, although it computes the same.
 _PASSING = {
     "_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache",
 }  # fmt: skip

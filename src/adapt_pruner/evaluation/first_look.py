@@ -95,7 +95,7 @@ def _in_llama_cpp(file: Path, prompt: str, num_tokens: int, chat: bool) -> str:
                 answer = server.handle_chat_completions({"messages": said, **common})
             else:
                 answer = server.handle_completions({"prompt": prompt, **common})
-        except Exception as error:  # of many kinds; what they say is all there is
+        except Exception as error:  # errors of many kinds; all that is known is their message
             raise EvaluationError(f"llama.cpp cannot run '{file}': {error}") from error
     choice = answer["choices"][0]
     return choice["message"]["content"] if chat else prompt + choice["text"]

@@ -40,7 +40,7 @@ _ABOUT_DATA = {
 
 
 @dataclass
-class Wanted:
+class WantedRow:
     """A row to measure: a benchmark of a suite, or a task that the user named."""
 
     name: str
@@ -50,7 +50,7 @@ class Wanted:
     num_fewshot: int | None = None
 
     @classmethod
-    def of_suite(cls, benchmark: Benchmark) -> Wanted:
+    def of_suite(cls, benchmark: Benchmark) -> WantedRow:
         return cls(benchmark.name, benchmark.tasks, benchmark.metric, benchmark.num_fewshot)
 
 
@@ -58,7 +58,7 @@ class Wanted:
 class Loaded:
     """What a row takes: single tasks to run, and groups to aggregate them."""
 
-    wanted: Wanted
+    wanted: WantedRow
     parts: list[Any]
     """lm-eval's Task or Group objects; the row is the mean over them."""
     tasks: dict[str, Any]
@@ -74,7 +74,7 @@ class Loaded:
 
 @contextmanager
 def load_tasks(
-    rows: Sequence[Wanted], directories: Sequence[Path], settings: EvaluationSettings
+    rows: Sequence[WantedRow], directories: Sequence[Path], settings: EvaluationSettings
 ) -> Iterator[list[Loaded]]:
     """Load the tasks of all rows, with their data, from the hub or from `directories`.
 
@@ -89,9 +89,9 @@ def load_tasks(
         yield [_load(manager, row, bool(directories), settings) for row in rows]
 
 
-def _manager(rows: Sequence[Wanted], more: Sequence[Path] = ()) -> TaskManager:
+def _manager(rows: Sequence[WantedRow], more: Sequence[Path] = ()) -> TaskManager:
     """Know the rows' tasks. Reading all of lm-eval's 14,000 definitions takes ten seconds, so those
-    of the suites are read first, and the others only if they do not do."""
+    of the suites are read first, and the others only if these do not suffice."""
     root = Path(lm_eval.tasks.__file__).parent
     folders = sorted({root / b.folder for suite in SUITES.values() for b in suite.benchmarks})
     names = [name for row in rows for name in row.tasks]
@@ -122,7 +122,7 @@ def _leaves(manager: TaskManager, name: str) -> Iterator[str]:
 
 
 def write_local_tasks(
-    rows: Sequence[Wanted],
+    rows: Sequence[WantedRow],
     directories: Sequence[Path],
     output: Path,
     settings: EvaluationSettings,
@@ -146,7 +146,7 @@ def write_local_tasks(
     task_data.write_definitions(configs, shots, directories, output)
 
 
-def _shots(row: Wanted, settings: EvaluationSettings, own: int | None) -> int:
+def _shots(row: WantedRow, settings: EvaluationSettings, own: int | None) -> int:
     """Shots of a task. As in lm-eval, a task that says 0 itself is not overruled by the user."""
     if row.num_fewshot is not None:
         return row.num_fewshot
@@ -154,7 +154,7 @@ def _shots(row: Wanted, settings: EvaluationSettings, own: int | None) -> int:
 
 
 def _load(
-    manager: TaskManager, row: Wanted, is_local: bool, settings: EvaluationSettings
+    manager: TaskManager, row: WantedRow, is_local: bool, settings: EvaluationSettings
 ) -> Loaded:
     with explained(row.name, "The data of", _hint(manager, row, is_local)), hushed():
         found: list[Any] = [manager.load([name]) for name in row.tasks]
@@ -173,7 +173,7 @@ def _load(
     return Loaded(row, parts, tasks)
 
 
-def _hint(manager: TaskManager, row: Wanted, is_local: bool) -> str:
+def _hint(manager: TaskManager, row: WantedRow, is_local: bool) -> str:
     if is_local:
         return ""
     name = next(_leaves(manager, row.tasks[0]))

@@ -12,7 +12,7 @@ from ..settings import EvaluationSettings
 from .store import Record
 
 if TYPE_CHECKING:
-    from .harness import Loaded, Wanted
+    from .harness import Loaded, WantedRow
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Evaluation:
 def scores_of(
     row: Loaded, metrics: dict[str, dict[str, Any]], records: Sequence[Record]
 ) -> Iterator[Score]:
-    wanted: Wanted = row.wanted
+    wanted: WantedRow = row.wanted
     parts = row.values_of(metrics)
     names = [wanted.metric] if wanted.metric else _metrics_of(parts[0])
     for metric in names:

@@ -24,7 +24,7 @@ import yaml
 from ..errors import EvaluationError
 from .suites import DATA_NAMES, PREPARED_COLUMNS, SUBJECT_COLUMNS
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def write_definitions(
@@ -92,7 +92,7 @@ def _definition(
         "include": str(original),
         "task": task,
         "tag": None,
-        "dataset_path": FORMATS[next(iter(files.values())).suffix],
+        "dataset_path": FILE_KINDS[next(iter(files.values())).suffix],
         "dataset_name": None,
         **dict.fromkeys(unused),
         **splits,
@@ -120,7 +120,7 @@ def _find(
     for directory in directories:
         files = {_plain(file.name): file for file in sorted(directory.iterdir())}
         for name in _names(task, config):
-            for suffix in FORMATS:
+            for suffix in FILE_KINDS:
                 if file := files.get(_plain(f"{name}.{split}{suffix}")):
                     return file.absolute()
     return None
@@ -155,7 +155,7 @@ def _rows_by(file: Path, column: str, changed: int) -> dict[str, list[dict[str, 
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    if FORMATS[file.suffix] != "json":
+    if FILE_KINDS[file.suffix] != "json":
         import pyarrow.parquet
 
         yield from pyarrow.parquet.read_table(file).to_pylist()

@@ -13,12 +13,20 @@ if TYPE_CHECKING:
     from .gguf_file import Export as Export
     from .gguf_file import Fallback as Fallback
     from .gguf_file import export_gguf as export_gguf
+    from .size import FileBytes as FileBytes
+
+_HOMES = {
+    "Export": ".gguf_file",
+    "Fallback": ".gguf_file",
+    "export_gguf": ".gguf_file",
+    "FileBytes": ".size",
+}
 
 
 def __getattr__(name: str):
-    if name in ("Export", "Fallback", "export_gguf"):
+    if name in _HOMES:
         try:
-            return getattr(import_module(".gguf_file", __name__), name)
+            return getattr(import_module(_HOMES[name], __name__), name)
         except ModuleNotFoundError as error:
             raise MissingExtra(
                 f"GGUF files need the package '{error.name}': pip install 'adapt-pruner[gguf]'."

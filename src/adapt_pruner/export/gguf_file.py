@@ -22,7 +22,7 @@ from ..result import PruningResult
 from .commands import GgufCommands
 from .layout import Layout, find_layout
 from .metadata import add_general, add_hyperparameters, read_card
-from .quantise import FileType, block_size, choose_type, encode, file_type, num_bytes, place_of
+from .quantise import FileType, block_size, choose_type, encode, file_type, num_bytes, tensor_place
 from .tensors import FileTensor, plan_tensors
 from .vocabulary import add_tokenizer
 from .weights import Weights, open_weights, weights_of
@@ -71,7 +71,7 @@ class _Stored:
 
     @property
     def num_bytes(self) -> int:
-        return num_bytes(self.tensor, self.kind)
+        return num_bytes(int(np.prod(self.tensor.shape)), self.kind)
 
 
 def export_gguf(
@@ -138,15 +138,10 @@ def export_weights(
     """Write weights and a tokenizer; `card` has the name, licence, languages and tags. The rest is
     as in `export_gguf`."""
     kind = file_type(quantize)
-    layout = find_layout(weights, BLOCK if block_size(kind.base) > 1 else 1)
+    layout = find_layout(weights, multiple_of(kind))
     stored = _choose_types(weights, layout, kind)
     check_gguf_output(output, overwrite, sum(one.num_bytes for one in stored))
-    writer = gguf.GGUFWriter(None, layout.architecture.name)
-    add_general(writer, _num_parameters(weights), card or {"name": output.stem})
-    notes = [*layout.notes, *add_hyperparameters(writer, weights.config, layout)]
-    writer.add_file_type(kind.number)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, tokenizer, weights.config.vocab_size)
+    writer, notes = begin_file(weights, layout, kind, tokenizer, card or {"name": output.stem})
     with atomic_file(output) as partial:
         _write(writer, stored, partial, on_progress)
     added = [layer.added_neurons for layer in layout.layers if layer.added_neurons]
@@ -169,6 +164,24 @@ def export_weights(
         notes=tuple(notes),
         has_chat_template=bool(tokenizer.chat_template),
     )
+
+
+def multiple_of(kind: FileType) -> int:
+    """MLP widths in a file are multiples of this."""
+    return BLOCK if block_size(kind.base) > 1 else 1
+
+
+def begin_file(
+    weights: Weights, layout: Layout, kind: FileType, tokenizer: Any, card: Mapping[str, Any]
+) -> tuple[gguf.GGUFWriter, list[str]]:
+    """All of a file but its tensors, and what the user should know. Writes nothing yet."""
+    writer = gguf.GGUFWriter(None, layout.architecture.name)
+    add_general(writer, _num_parameters(weights), card)
+    notes = [*layout.notes, *add_hyperparameters(writer, weights.config, layout)]
+    writer.add_file_type(kind.number)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(writer, tokenizer, weights.config.vocab_size)
+    return writer, notes
 
 
 def check_gguf_output(file: Path, overwrite: bool, needed_bytes: int = 0) -> None:
@@ -194,7 +207,16 @@ def _choose_types(weights: Weights, layout: Layout, kind: FileType) -> list[_Sto
     head = "token_embd.weight" if weights.is_tied else "output.weight"
     heads = [(layer.heads, layer.kv_heads) for layer in layout.layers]
     return [
-        _Stored(tensor, *choose_type(kind, tensor, place_of(tensor, heads), tensor.name == head))
+        _Stored(
+            tensor,
+            *choose_type(
+                kind,
+                tensor.name,
+                tensor.shape,
+                tensor_place(tensor.name, heads),
+                is_head=tensor.name == head,
+            ),
+        )
         for tensor in plan_tensors(weights, layout)
     ]
 

@@ -17,7 +17,7 @@ ZERO_NEURONS = 32
 
 
 @dataclass(frozen=True)
-class Layer:
+class FileLayer:
     """A decoder layer in the file."""
 
     index: int
@@ -38,7 +38,7 @@ class Layout:
     model_type: str
     architecture: GgufArchitecture
     head_dim: int
-    layers: tuple[Layer, ...]
+    layers: tuple[FileLayer, ...]
     notes: tuple[str, ...] = field(default=())
     """What the user should know, one sentence each."""
 
@@ -105,7 +105,7 @@ def find_layout(weights: Weights, multiple: int = 1) -> Layout:
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")}
 
 
-def _layers(weights: Weights, head_dim: int, multiple: int) -> list[Layer]:
+def _layers(weights: Weights, head_dim: int, multiple: int) -> list[FileLayer]:
     parts = ARCHITECTURES[weights.config.model_type]
     found: dict[int, dict[str, tuple[int, ...]]] = {}
     number = re.compile(re.escape(parts.layers) + r"\.(\d+)\.(.+)")
@@ -119,7 +119,7 @@ def _layers(weights: Weights, head_dim: int, multiple: int) -> list[Layer]:
         if heads or width:
             neurons = -(-width // multiple) * multiple
             added = neurons - width
-            layers.append(Layer(index, heads, kv_heads, neurons or ZERO_NEURONS, added))
+            layers.append(FileLayer(index, heads, kv_heads, neurons or ZERO_NEURONS, added))
     return layers
 
 
@@ -144,7 +144,7 @@ def _biased(weights: Weights) -> set[str]:
 
 
 def _per_layer_architecture(
-    weights: Weights, own: GgufArchitecture, layers: list[Layer]
+    weights: Weights, own: GgufArchitecture, layers: list[FileLayer]
 ) -> GgufArchitecture:
     """The architecture for layers that differ, or for biases that `own` does not have."""
     strange = sorted(_biased(weights) - {*own.biases})
@@ -173,7 +173,7 @@ def _per_layer_architecture(
     return row
 
 
-def _check_windows(config: Any, architecture: GgufArchitecture, layers: list[Layer]) -> None:
+def _check_windows(config: Any, architecture: GgufArchitecture, layers: list[FileLayer]) -> None:
     """Raise UnsupportedModel if windows do not sit where llama.cpp expects them."""
     if architecture.window_every is None:
         return

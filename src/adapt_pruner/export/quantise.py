@@ -6,7 +6,7 @@ The mixes of the K types follow llama.cpp's own quantiser: tensors that matter m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,10 @@ from gguf import GGMLQuantizationType as T
 from torch import Tensor, bfloat16, float16, float32
 
 from ..errors import InvalidSettings, MissingExtra, near_match
-from .tensors import FileTensor
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a matrix stands in the model."""
 
     part: str
@@ -41,7 +40,7 @@ class Place:
         )
 
 
-Rule = Callable[[Place], T | None]
+Rule = Callable[[TensorPlace], T | None]
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ class FileType:
     """Type of the head, or of the embeddings where they are the head; None: as the others."""
 
 
-def _q2_k(place: Place) -> T | None:
+def _q2_k(place: TensorPlace) -> T | None:
     if place.part == "attn_v":
         return T.Q4_K if place.num_groups >= 4 else T.Q3_K
     return T.Q3_K if place.part in ("ffn_down", "attn_output") else None
 
 
-def _q3_k_m(place: Place) -> T | None:
+def _q3_k_m(place: TensorPlace) -> T | None:
     if place.part == "attn_v":
         return T.Q5_K if place.layer < 2 else T.Q4_K
     if place.part == "ffn_down":
@@ -70,25 +69,25 @@ def _q3_k_m(place: Place) -> T | None:
     return T.Q4_K if place.part in ("attn_output", "attn_qkv") else None
 
 
-def _q3_k_l(place: Place) -> T | None:
+def _q3_k_l(place: TensorPlace) -> T | None:
     if place.part == "attn_qkv":
         return T.Q4_K
     return T.Q5_K if place.part in ("attn_v", "ffn_down", "attn_output") else None
 
 
-def _q4_k_s(place: Place) -> T | None:
+def _q4_k_s(place: TensorPlace) -> T | None:
     if place.part == "attn_v" and place.layer < 4:
         return T.Q5_K
     return T.Q5_K if place.part == "ffn_down" and place.layer < place.num_layers // 8 else None
 
 
-def _q4_k_m(place: Place) -> T | None:
+def _q4_k_m(place: TensorPlace) -> T | None:
     if place.part == "attn_qkv":
         return T.Q5_K
     return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.gets_more_bits else None
 
 
-def _q5_k_m(place: Place) -> T | None:
+def _q5_k_m(place: TensorPlace) -> T | None:
     if place.part == "attn_qkv":
         return T.Q6_K
     return T.Q6_K if place.part in ("attn_v", "ffn_down") and place.gets_more_bits else None
@@ -145,27 +144,30 @@ def block_size(kind: T) -> int:
     return GGML_QUANT_SIZES[kind][0]
 
 
-def choose_type(kind: FileType, tensor: FileTensor, place: Place, is_head: bool) -> tuple[T, T]:
+def choose_type(
+    kind: FileType, name: str, shape: Sequence[int], place: TensorPlace, is_head: bool
+) -> tuple[T, T]:
     """The type that a tensor should have, and the one that its row length allows."""
-    if len(tensor.shape) < 2 or tensor.name.endswith("norm.weight"):
+    if len(shape) < 2 or name.endswith("norm.weight"):
         return T.F32, T.F32
+    row_length = shape[-1]
     wanted = kind.rule(place) or kind.base
     if is_head and kind.head is not None:
-        wanted = kind.head if tensor.row_length % block_size(kind.base) == 0 else T.Q8_0
+        wanted = kind.head if row_length % block_size(kind.base) == 0 else T.Q8_0
     found = wanted
-    if tensor.row_length % block_size(found):
+    if row_length % block_size(found):
         found = FALLBACK.get(found, T.F16)
-    if tensor.row_length % block_size(found):
+    if row_length % block_size(found):
         found = T.F16
     return wanted, found
 
 
-def place_of(tensor: FileTensor, heads: list[tuple[int, int]]) -> Place:
+def tensor_place(name: str, heads: Sequence[tuple[int, int]]) -> TensorPlace:
     """Where a tensor of the file stands; `heads` are the query and KV heads of every layer."""
-    match = re.match(r"blk\.(\d+)\.([a-z_0-9]+)\.", tensor.name)
-    part, layer = (match[2], int(match[1])) if match else (tensor.name.split(".")[0], 0)
+    match = re.match(r"blk\.(\d+)\.([a-z_0-9]+)\.", name)
+    part, layer = (match[2], int(match[1])) if match else (name.split(".")[0], 0)
     most = max((query // kv for query, kv in heads if kv), default=1)
-    return Place(part, layer, len(heads), most)
+    return TensorPlace(part, layer, len(heads), most)
 
 
 _FLOATS = {T.F32: (float32, np.float32), T.F16: (float16, np.float16), T.BF16: (bfloat16, np.int16)}
@@ -189,11 +191,10 @@ def _viewable(dtype):
     return int16 if dtype is bfloat16 else dtype
 
 
-def num_bytes(tensor: FileTensor, kind: T) -> int:
-    """What a tensor takes in a file."""
+def num_bytes(num_values: int, kind: T) -> int:
+    """What whole rows of values take in a file."""
     block, size = GGML_QUANT_SIZES[kind]
-    values = int(np.prod(tensor.shape))
-    return values // block * size
+    return num_values // block * size
 
 
 def _quantiser():

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModel
 from .architectures import GgufArchitecture
-from .layout import Layer, Layout
+from .layout import FileLayer, Layout
 from .rope import rope_factors
 from .weights import Weights
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
+BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def plan_tensors(weights: Weights, layout: Layout) -> list[FileTensor]:
     """
     blocks: dict[int, dict[str, FileTensor]] = {layer.index: {} for layer in layout.layers}
     others: list[FileTensor] = []
-    for source, name in _names(weights, layout.own).items():
+    for source, name in file_names(weights, layout.own).items():
         tensor = FileTensor(name, weights.shapes[source], partial(weights.read, source))
         if layout.own.norm_offset and name.endswith("norm.weight"):
             tensor = tensor.then(partial(torch.add, other=layout.own.norm_offset))
-        if match := _BLOCK.match(name):
+        if match := BLOCK_NAME.match(name):
             if int(match[1]) in blocks:
                 blocks[int(match[1])][match[2]] = tensor
         else:
@@ -68,7 +68,7 @@ def plan_tensors(weights: Weights, layout: Layout) -> list[FileTensor]:
     return others
 
 
-def _names(weights: Weights, own: GgufArchitecture) -> dict[str, str]:
+def file_names(weights: Weights, own: GgufArchitecture) -> dict[str, str]:
     """The file's name of every tensor of the model."""
     architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == own.name)
     known = gguf.get_tensor_name_map(architecture, weights.config.num_hidden_layers)
@@ -85,7 +85,7 @@ def _names(weights: Weights, own: GgufArchitecture) -> dict[str, str]:
 
 
 def _finish(
-    parts: dict[str, FileTensor], layer: Layer, layout: Layout, hidden_size: int
+    parts: dict[str, FileTensor], layer: FileLayer, layout: Layout, hidden_size: int
 ) -> dict[str, FileTensor]:
     """The tensors of one layer as the file's architecture wants them."""
     if layer.heads == 0:
@@ -134,8 +134,8 @@ def _joined(tensors: list[FileTensor]) -> FileTensor:
 
 def _more_rows(tensor: Tensor, block: int, added: int) -> Tensor:
     """Add rows of zeros after every `block` rows (a fused gate and up projection has two)."""
-    blocks = [F.pad(part.T, (0, added)).T for part in tensor.split(block)]
-    return torch.cat(blocks)
+    zeros = tensor.new_zeros(added, *tensor.shape[1:])
+    return torch.cat([rows for part in tensor.split(block) for rows in (part, zeros)])
 
 
 def _zero_mlp(width: int, hidden_size: int) -> dict[str, FileTensor]:

@@ -76,15 +76,15 @@ def build_settings(settings: PruneSettings, **values: Any) -> PruneSettings:
 
 
 def target_of(
-    settings: PruneSettings, anatomy: Anatomy, sparsity: float | None, params: int | None
+    settings: PruneSettings, anatomy: Anatomy, sparsity: float | None, most: int | None
 ) -> int:
-    """The largest parameter count allowed for the whole model: the one asked for, or, without one,
-    that which the settings lead to. Raises InvalidTarget as `resolve_target`."""
-    if sparsity is None and params is None:
+    """The most that the whole model may have of what targets limit: that which is asked for, or,
+    without it, that which the settings lead to. Raises InvalidTarget as `resolve_target`."""
+    if sparsity is None and most is None:
         size = method_named(settings.method).size(settings, anatomy)
         if size is not None:
             return size
-    return resolve_target(anatomy, sparsity, params)
+    return resolve_target(anatomy, sparsity, most)
 
 
 def owners_of(setting: str) -> list[str]:

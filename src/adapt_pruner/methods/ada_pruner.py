@@ -14,14 +14,15 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from ..allocate.chains import Limits, Removal, Scores, build_chains, remove_ranked
+from ..allocate.chains import Limits, Removal, Scores, build_chains
+from ..allocate.ranking import remove_ranked
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
 from ..data import CalibrationData
 from ..errors import CalibrationError, InvalidSettings, shown
 from ..limits import Length, Ridge, Sample, Share, Weight, Windows
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect
@@ -139,11 +140,11 @@ def ada_pruner(work: Work) -> Iterator[PruningStep]:
     """Cut the model in place to the target, in one step."""
     settings: AdaPrunerSettings = work.settings
     (target,) = work.targets
-    anatomy = find_anatomy(work.model)
+    anatomy = work.anatomy()
     limits = limits_of(settings, anatomy, CAN_CUT)
     check_reachable(anatomy, target, limits)
     _check_weights(settings, anatomy)
-    if anatomy.total_parameters <= target:
+    if anatomy.amount <= target:
         yield PruningStep(0, anatomy, target=target)
         return
     began, axes = time.perf_counter(), limits.axes(anatomy)
@@ -303,7 +304,7 @@ def outline(settings: AdaPrunerSettings, anatomy: Anatomy, target: int) -> Outli
             "The alphas and factors make every importance 0, which ranks nothing; got alpha_coarse "
             f"{settings.alpha_coarse:g}, alpha_fine {settings.alpha_fine:g}. Raise one of them."
         )
-    return Outline([target] if target < anatomy.total_parameters else [], _observers(settings))
+    return Outline([target] if target < anatomy.amount else [], _observers(settings))
 
 
 METHOD = Method(

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..allocate.chains import Limits, Removal, build_chains, remove_ranked
+from ..allocate.chains import Limits, Removal, build_chains
+from ..allocate.ranking import hold_back, remove_ranked
 from ..allocate.schedules import AdaptiveSchedule, sizes_after_steps
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
@@ -129,9 +130,9 @@ PRESETS = {
 
 
 def adapt_pruner(work: Work) -> Iterator[PruningStep]:
-    """Cut the model in place to at most the targets' parameters, one step per yield."""
+    """Cut the model in place to at most the targets, one step per yield."""
     settings: AdaptPrunerSettings = work.settings
-    anatomy = find_anatomy(work.model)
+    anatomy = work.anatomy()
     limits = _limits(settings, anatomy)
     check_reachable(anatomy, work.targets[-1], limits)
     importance, how = IMPORTANCES[settings.importance], work.how
@@ -141,7 +142,7 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
     observers = _observers(settings)
     step = 0
     for target in work.targets:
-        done = anatomy.total_parameters <= target
+        done = anatomy.amount <= target
         if done:
             yield PruningStep(step, anatomy, target=target)
         while not done:
@@ -273,12 +274,16 @@ def _schedule(
     sizes = sizes_after_steps(anatomy, targets[-1], settings.steps)
 
     def by_rank(removal: Removal, target: int, statistics: Statistics) -> bool:
-        size = next(size for size in sizes if size < removal.anatomy.total_parameters)
-        remove_ranked(removal, max(size, target))
-        is_met = removal.parameters <= target
-        if is_met:
-            remove_ranked(removal, target)
-        return is_met
+        now = removal.amount
+        for size in [max(size, target) for size in sizes if size < now]:
+            remove_ranked(removal, size)
+            if removal.amount <= target:
+                remove_ranked(removal, target)
+                return True
+            hold_back(removal)
+            if removal.amount < now:
+                break  # else nothing may go yet, and a larger step is taken
+        return False
 
     return by_rank
 
@@ -286,13 +291,12 @@ def _schedule(
 def outline(settings: AdaptPrunerSettings, anatomy: Anatomy, target: int) -> Outline:
     """With the adaptive rule all sizes but the last are approximate."""
     check_reachable(anatomy, target, _limits(settings, anatomy))
-    removed, sizes = anatomy.total_parameters - target, []
+    removed, sizes = anatomy.amount - target, []
     if removed and settings.allocation == "adaptive":
-        steps = max(1, math.ceil(settings.steps * removed / anatomy.layer_parameters))
-        share = anatomy.layer_parameters / settings.steps
-        sizes = [
-            max(target, round(anatomy.total_parameters - share * (i + 1))) for i in range(steps)
-        ]
+        inside = anatomy.amount - anatomy.cost.outside
+        steps = max(1, math.ceil(settings.steps * removed / inside))
+        share = inside / settings.steps
+        sizes = [max(target, round(anatomy.amount - share * (i + 1))) for i in range(steps)]
     elif removed:
         sizes = sizes_after_steps(anatomy, target, settings.steps)
     tuned = settings.tuning_steps * Tuning.windows_per_step * TUNING_WINDOW

@@ -10,10 +10,11 @@ from torch import nn
 
 from ..allocate.chains import Limits
 from ..data import CalibrationData
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, InvalidTarget
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, KV_GROUPS, NEURONS
 from ..model.edits import Edit
+from ..model.resources import PARAMETERS, Resource
 from ..processes import Decision, copy_from_first, decided_by_first
 from ..score.collect import Pass
 from ..score.observers import Observer
@@ -27,13 +28,16 @@ class Work:
     model: nn.Module
     calibration: CalibrationData
     targets: Sequence[int]
-    """Parameters of the whole model, the largest first; each is met by a step of its own."""
+    """Amounts of the resource that the whole model may have, the largest first; each is met by a
+    step of its own."""
     settings: Any
     """Of the method's own class."""
     on_progress: Callable[[float], None] = lambda share: None
     """Called during a step with the share of its calibration windows done."""
     on_edit: Callable[[Edit, Anatomy], None] = lambda edit, before: None
     """Called before an edit changes the model."""
+    resource: Resource = PARAMETERS
+    """What the targets limit."""
     group: Any = None
     """Processes that prune the same model and share the calibration windows; None: this one."""
 
@@ -42,21 +46,25 @@ class Work:
         settings = self.settings
         return Pass(settings.micro_batch_size, settings.gradient_checkpointing, self.group)
 
+    def anatomy(self) -> Anatomy:
+        """That of the model as it is."""
+        return find_anatomy(self.model, self.resource)
+
     def progress_of(self, num_windows: int) -> Callable[[int], None]:
         """Reports a number of windows done, out of `num_windows`."""
         return lambda done: self.on_progress(done / num_windows)
 
     def decide(self, decision: Decision) -> Decision:
-        """What the first process found. To be called with all that hangs on computed figures, such
-        as which units stay and whether the target is met, before anything depends on it."""
+        """What the first process found. Call it with everything that depends on computed figures,
+        such as which units stay and whether the target is met, before it is used."""
         return decided_by_first(decision, self.group)
 
     def apply(self, edit: Edit) -> Anatomy:
         """Change the model. Returns its new anatomy; weights are those of the first process."""
-        self.on_edit(edit, find_anatomy(self.model))
+        self.on_edit(edit, self.anatomy())
         edit.apply(self.model)
         copy_from_first(self.model.parameters(), self.group)
-        return find_anatomy(self.model)
+        return self.anatomy()
 
 
 @dataclass
@@ -83,7 +91,7 @@ class Outline:
     """What a run of a method is going to do, for plans."""
 
     sizes: list[int]
-    """Parameters of the whole model after each step."""
+    """What is left after each step of what the target limits, such as parameters."""
     observers: list[Observer] = field(default_factory=list)
     """Of every step."""
     tuned_tokens: int = 0
@@ -95,7 +103,7 @@ def _no_size(settings: PruneSettings, anatomy: Anatomy) -> int | None:
 
 
 def _one_step(settings: PruneSettings, anatomy: Anatomy, target: int) -> Outline:
-    return Outline([target] if target < anatomy.total_parameters else [])
+    return Outline([target] if target < anatomy.amount else [])
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,15 @@ class Method:
     do not."""
     meets_several_targets: bool = False
     """Whether one run can stop at several sizes on its way; else each has a run of its own."""
+
+
+def check_counts_parameters(anatomy: Anatomy, method: str, way_out: str) -> None:
+    """Raise InvalidTarget if a method that can only count parameters is to limit another thing."""
+    if anatomy.resource is not PARAMETERS:
+        raise InvalidTarget(
+            f"{method} cannot be aimed at {anatomy.resource.name}. Give --sparsity or --params, or "
+            f"{way_out}."
+        )
 
 
 def limits_of(settings: PruneSettings, anatomy: Anatomy, can_cut: frozenset[str]) -> Limits:

@@ -15,11 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..allocate.chains import Limits, Removal, build_chains, remove_ranked, units_alike
+from ..allocate.chains import Limits, Removal, build_chains, units_alike
+from ..allocate.ranking import remove_ranked
 from ..allocate.target import check_reachable
 from ..errors import InvalidSettings, InvalidTarget
 from ..limits import Layer
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import ATTENTION, LAYERS, MLP, Axis, AxisKey, Site
 from ..model.edits import Cut
 from ..score.collect import collect
@@ -119,11 +120,11 @@ class SublayerDistance(Observer):
 
 
 def depth(work: Work) -> Iterator[PruningStep]:
-    """Remove layers or sublayers in place, to at most the target's parameters, in one step."""
+    """Remove layers or sublayers in place, to at most the target, in one step."""
     settings: DepthSettings = work.settings
-    anatomy, target = find_anatomy(work.model), work.targets[-1]
+    anatomy, target = work.anatomy(), work.targets[-1]
     limits = _limits(settings, anatomy, target)
-    if target >= anatomy.total_parameters:
+    if target >= anatomy.amount:
         yield PruningStep(0, anatomy, target=target)
         return
     began, loss, distances = time.perf_counter(), 0.0, []
@@ -180,7 +181,7 @@ def by_loss(work: Work, anatomy: Anatomy, limits: Limits) -> Found:
                 return found.loss
 
     before, gone = loss_without([]), []
-    while anatomy.parameters(dict.fromkeys([axis.key for axis in gone], 0)) > work.targets[-1]:
+    while anatomy.cost.total(dict.fromkeys([axis.key for axis in gone], 0)) > work.targets[-1]:
         candidates, losses = _may_go_next(axes, gone), []
         for axis in candidates:
             losses.append(loss_without([*gone, axis]))
@@ -240,7 +241,8 @@ def _limits(settings: DepthSettings, anatomy: Anatomy, target: int) -> Limits:
     if not settings.layers:
         check_reachable(anatomy, target, limits)
         return limits
-    given, left = _given(settings, anatomy), size_without_layers(settings, anatomy)
+    given = _given(settings, anatomy)
+    left = anatomy.cost.total(dict.fromkeys([(layer, LAYERS) for layer in given], 0))
     names = ", ".join(map(str, given))
     if settings.cut != ("layers",):
         raise InvalidSettings(
@@ -252,18 +254,17 @@ def _limits(settings: DepthSettings, anatomy: Anatomy, target: int) -> Limits:
         raise InvalidSettings(
             f"layers and protect_layers: layer {min(both)} cannot both go and stay."
         )
-    assert left is not None
     if left > target:
         raise InvalidTarget(
-            f"Without layers {names} the model has {left:,} parameters, above the target of "
-            f"{target:,}. Name more layers, or a larger target, or none."
+            f"Without layers {names} the model has {anatomy.resource.written(left)}, above the "
+            f"target of {target:,}. Name more layers, or a larger target, or none."
         )
     return limits
 
 
 def outline(settings: DepthSettings, anatomy: Anatomy, target: int) -> Outline:
     _limits(settings, anatomy, target)
-    return Outline([target] if target < anatomy.total_parameters else [], _observers(settings))
+    return Outline([target] if target < anatomy.amount else [], _observers(settings))
 
 
 METHOD = Method(

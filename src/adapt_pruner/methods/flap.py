@@ -21,22 +21,22 @@ from ..allocate.chains import (
     Removal,
     Scores,
     build_chains,
-    remove_ranked,
     units_alike,
 )
+from ..allocate.ranking import remove_ranked
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..compensate.bias import add_means, without_bias
 from ..errors import InvalidSettings
 from ..limits import Rank
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import KV_GROUPS, Axis, AxisKey
 from ..model.edits import AddBias, Cut
 from ..precision import where_float64_is
 from ..score.collect import collect
 from ..score.observers import Observer, add_to, projections, watch
 from ..settings import PruneSettings, with_defaults
-from .base import Method, Outline, PruningStep, Work, limits_of
+from .base import Method, Outline, PruningStep, Work, check_counts_parameters, limits_of
 
 CAN_CUT = frozenset({"neurons", "kv-groups"})
 
@@ -109,11 +109,11 @@ class Fluctuation(Observer):
 
 
 def flap(work: Work) -> Iterator[PruningStep]:
-    """Cut the model in place to at most the target's parameters, in one step."""
+    """Cut the model in place to at most the target, in one step."""
     settings: FlapSettings = work.settings
-    anatomy, target = find_anatomy(work.model), work.targets[-1]
+    anatomy, target = work.anatomy(), work.targets[-1]
     limits = _limits(settings, anatomy, target)
-    if target >= anatomy.total_parameters:
+    if target >= anatomy.amount:
         yield PruningStep(0, anatomy, target=target)
         return
     began, axes = time.perf_counter(), limits.axes(anatomy)
@@ -198,15 +198,15 @@ def _remove(
     heads = [chain for chain in chains if chain.members[0].kind == KV_GROUPS]
     neurons = [chain for chain in chains if chain not in heads]
     _remove_heads(settings, heads)
-    left = Removal(anatomy, heads).parameters
+    left = Removal(anatomy, heads).amount
     if left < size:
         raise InvalidSettings(
-            f"remove_heads: without {settings.remove_heads} KV groups the model has {left:,} "
-            f"parameters, below the {size:,} that it may keep. Remove fewer, or take "
-            "--structure AL-AM."
+            f"remove_heads: without {settings.remove_heads} KV groups the model has "
+            f"{anatomy.resource.written(left)}, below the {size:,} that it may keep. Remove fewer, "
+            "or take --structure AL-AM."
         )
     # Attention and MLPs share no tensors: what went there is left for the neurons to keep.
-    _remove_to(settings, Removal(anatomy, neurons), limits, size + anatomy.total_parameters - left)
+    _remove_to(settings, Removal(anatomy, neurons), limits, size + anatomy.amount - left)
     return removal
 
 
@@ -246,12 +246,14 @@ def _limits(settings: FlapSettings, anatomy: Anatomy, target: int) -> Limits:
     limits = limits_of(settings, anatomy, CAN_CUT)
     axes = limits.axes(anatomy)
     lacking = _lacking(settings, axes)
+    if settings.compensation == "bias":
+        check_counts_parameters(anatomy, "FLAP, which adds biases,", "take --compensation none")
     if lacking and limits.uniform:
         raise InvalidSettings(
             "A uniform layout is an ordinary model of its architecture, which has no biases where "
             "FLAP would add some; take --compensation none with it."
         )
-    if target < anatomy.total_parameters:
+    if target < anatomy.amount:
         check_reachable(anatomy, target, limits, added=sum(lacking.values()))
     most = sum(axis.size - 1 for axis in axes if axis.kind == KV_GROUPS)
     if settings.structure.endswith("MM") and settings.remove_heads > most:
@@ -264,7 +266,7 @@ def _limits(settings: FlapSettings, anatomy: Anatomy, target: int) -> Limits:
 
 def outline(settings: FlapSettings, anatomy: Anatomy, target: int) -> Outline:
     _limits(settings, anatomy, target)
-    return Outline([target] if target < anatomy.total_parameters else [], [Fluctuation()])
+    return Outline([target] if target < anatomy.amount else [], [Fluctuation()])
 
 
 METHOD = Method(

@@ -17,14 +17,14 @@ from ..allocate.chains import (
     Removal,
     Scores,
     build_chains,
-    remove_ranked,
     units_alike,
 )
+from ..allocate.ranking import remove_ranked
 from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..errors import InvalidSettings
 from ..limits import Rank, Rounds
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import Axis
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect
@@ -79,9 +79,9 @@ class LLMPrunerSettings(with_defaults(PruneSettings, "llm-pruner", windows=10, w
 
 
 def llm_pruner(work: Work) -> Iterator[PruningStep]:
-    """Cut the model in place to at most the target's parameters, one step per yield."""
+    """Cut the model in place to at most the target, one step per yield."""
     settings: LLMPrunerSettings = work.settings
-    anatomy, target = find_anatomy(work.model), work.targets[-1]
+    anatomy, target = work.anatomy(), work.targets[-1]
     limits = _limits(settings, anatomy)
     check_reachable(anatomy, target, limits)
     sizes = _sizes(settings, anatomy, target)
@@ -136,8 +136,8 @@ def _importance(settings: LLMPrunerSettings) -> Importance:
 
 
 def _sizes(settings: LLMPrunerSettings, anatomy: Anatomy, target: int) -> list[int]:
-    """Parameters of the whole model after each step, of which each removes as many."""
-    total, steps = anatomy.total_parameters, settings.iterative_steps
+    """What is left after each step; every step removes equally much."""
+    total, steps = anatomy.amount, settings.iterative_steps
     sizes = [total - (total - target) * step // steps for step in range(1, steps + 1)]
     return sizes if target < total else []
 

@@ -24,7 +24,7 @@ from ..allocate.chains import Scores
 from ..allocate.shapes import SHAPE_NAMES, Shape, ShapeLimits, Shapes, keep_of, parse_shape
 from ..errors import InvalidSettings, NonFiniteError
 from ..limits import Rounds, ShareBelowOne, Windows
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import CUTS, HIDDEN, LAYERS, Axis, AxisKey
 from ..model.edits import Cut, Keep
 from ..score.collect import collect
@@ -152,7 +152,7 @@ def calibration_loss(model: Any, windows_BT: Tensor, micro_batch_size: int | Non
     return loss
 
 
-def scores_of(axes: Sequence[Axis], norms: ActivationNorms, distance: LayerDistance) -> Scores:
+def unit_scores(axes: Sequence[Axis], norms: ActivationNorms, distance: LayerDistance) -> Scores:
     """Importance of every unit, higher = keep. Of a layer it is its block influence, 1 - cos."""
     return {
         axis.key: torch.tensor([1 + distance.distance[axis.layer]])
@@ -165,8 +165,8 @@ def scores_of(axes: Sequence[Axis], norms: ActivationNorms, distance: LayerDista
 def minitron(work: Work) -> Iterator[PruningStep]:
     """Cut the model in place to a uniform shape of at most the target's parameters."""
     settings: MinitronSettings = work.settings
-    anatomy, target = find_anatomy(work.model), work.targets[-1]
-    if anatomy.total_parameters <= target:
+    anatomy, target = work.anatomy(), work.targets[-1]
+    if anatomy.amount <= target:
         yield PruningStep(0, anatomy, target=target)
         return
     shapes = _shapes(settings, anatomy, target)
@@ -178,7 +178,7 @@ def minitron(work: Work) -> Iterator[PruningStep]:
         work.model, anatomy, windows_BT, observers, axes=axes, how=work.how,
         on_progress=work.progress_of(len(windows_BT)),
     ):  # fmt: skip
-        scores = scores_of(axes, norms, distance)
+        scores = unit_scores(axes, norms, distance)
     collected = time.perf_counter()
     order = sorted(range(len(anatomy.layers)), key=distance.distance.__getitem__)
     tried = _spread(shapes.fitting(target, order), settings.candidates)
@@ -250,7 +250,7 @@ def _shapes(settings: MinitronSettings, anatomy: Anatomy, target: int) -> Shapes
 
 def outline(settings: MinitronSettings, anatomy: Anatomy, target: int) -> Outline:
     """One step, whose forward passes the plan counts; those of the search come on top."""
-    if anatomy.total_parameters <= target:
+    if anatomy.amount <= target:
         return Outline([])
     _shapes(settings, anatomy, target)
     return Outline([target], list(_observers()))

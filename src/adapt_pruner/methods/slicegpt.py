@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from ..errors import InvalidSettings, InvalidTarget, NonFiniteError
 from ..limits import Amplitude, Length, Width, Windows
-from ..model.anatomy import Anatomy, find_anatomy
+from ..model.anatomy import Anatomy
 from ..model.axes import heads_fit
 from ..model.rotation import Rotate, check_rotatable, parameters_after, stream_norms
 from ..score.collect import collect
 from ..score.gram import add_to_gram, mirror
 from ..score.observers import Observer
 from ..settings import CutName, PruneSettings
-from .base import Method, Outline, PruningStep, Work
+from .base import Method, Outline, PruningStep, Work, check_counts_parameters
 
 
 class SliceGPTSettings(PruneSettings):
@@ -102,7 +102,7 @@ class Stream:
             self._enter(work.model, anatomy, batch_BT)
 
     def _enter(self, model: Any, anatomy: Anatomy, batch_BT: Tensor) -> None:
-        """Take up what enters the first layer."""
+        """Keep what enters the first layer."""
         is_known = len(batch_BT) in self.arguments
         seen: list[dict[str, Any]] = []
 
@@ -128,12 +128,12 @@ class Stream:
         self.arguments[len(batch_BT)] = seen
 
     def advance(self, run: Callable[[Tensor, list[dict[str, Any]]], Tensor]) -> None:
-        """Replace the stream by `run` of it."""
+        """Replace the stream by what `run` makes of it."""
         for j, x_BTD in enumerate(self.batches):
             self.batches[j] = run(x_BTD, self.arguments[len(x_BTD)]).cpu()
 
     def project(self, basis_DK: Tensor) -> None:
-        """Leave of the stream what lies in a basis."""
+        """Keep the part of the stream that lies in a basis."""
         for j, x_BTD in enumerate(self.batches):
             basis = basis_DK.to(x_BTD)
             self.batches[j] = x_BTD @ basis @ basis.T
@@ -170,10 +170,10 @@ def principal_directions(gram_DD: Tensor, width: int, damping: float, group: Any
 
 
 def slicegpt(work: Work) -> Iterator[PruningStep]:
-    """Rotate and slice the model in place to at most the target's parameters."""
+    """Rotate and slice the model in place to at most the target."""
     settings: SliceGPTSettings = work.settings
-    anatomy, target = find_anatomy(work.model), work.targets[-1]
-    if anatomy.total_parameters <= target:
+    anatomy, target = work.anatomy(), work.targets[-1]
+    if anatomy.amount <= target:
         yield PruningStep(0, anatomy, target=target)
         return
     width = width_for(settings, anatomy, target)
@@ -254,6 +254,7 @@ def width_for(settings: SliceGPTSettings, anatomy: Anatomy, target: int) -> int:
             "slicegpt cuts the hidden size of all layers, so protect_layers must be empty; got "
             f"{list(settings.protect_layers)}."
         )
+    check_counts_parameters(anatomy, "slicegpt", "take another method")
     check_rotatable(anatomy)
     step, shared = settings.multiple, settings.shared_rotation
     if shared:  # head counts of the whole model have to divide its hidden size
@@ -272,7 +273,7 @@ def width_for(settings: SliceGPTSettings, anatomy: Anatomy, target: int) -> int:
 
 def outline(settings: SliceGPTSettings, anatomy: Anatomy, target: int) -> Outline:
     """One step; the published form runs every layer once, and holds the stream of all windows."""
-    if anatomy.total_parameters <= target:
+    if anatomy.amount <= target:
         return Outline([])
     width_for(settings, anatomy, target)
     return Outline([target], [StreamGram()] if settings.shared_rotation else [])

@@ -28,6 +28,7 @@ from .axes import (
     side,
 )
 from .counting import ParameterCount
+from .resources import PARAMETERS, Cost, Resource
 from .skipped import Skipped
 from .support import architecture_of
 
@@ -47,6 +48,8 @@ class Anatomy:
     only where it attends."""
     hidden_size: int = 0
     model: nn.Module | None = field(default=None, repr=False)
+    resource: Resource = PARAMETERS
+    """What targets limit."""
 
     def of_kinds(self, kinds: Collection[str]) -> list[Axis]:
         """The axes of some kinds, in order."""
@@ -73,17 +76,30 @@ class Anatomy:
     def count(self) -> ParameterCount:
         """Exact arithmetic of parameters; see `parameters`."""
         assert self.model is not None
-        return ParameterCount(self.model, self.axes)
+        return ParameterCount(self.model, self.axes, self.other_parameters)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """The same of what targets limit."""
+        return self.resource.of(self)
+
+    @cached_property
+    def amount(self) -> int:
+        """What the model takes of the resource now; parameters, unless another is said."""
+        return self.cost.total({})
 
     def parameters(self, sizes: Mapping[AxisKey, int]) -> int:
         """Parameters of the whole model if its axes had these sizes; those not named stay."""
         return self.count.total(sizes)
 
 
-def find_anatomy(model: Any) -> Anatomy:
+def find_anatomy(model: Any, resource: Resource = PARAMETERS) -> Anatomy:
     """Find the decoder layers of a causal language model and every axis that can be cut.
 
     Works on any device, `meta` included. Changes nothing.
+
+    Args:
+        resource: what targets limit.
 
     Raises:
         UnsupportedModel: if the architecture is unknown or the projections are not plain linears
@@ -115,6 +131,7 @@ def find_anatomy(model: Any) -> Anatomy:
         widths=widths,
         hidden_size=model.config.hidden_size,
         model=model,
+        resource=resource,
     )
 
 

@@ -1,4 +1,4 @@
-"""Look at a checkpoint's files before a library acts on them, and at what it made of them after.
+"""Check a checkpoint's files before a library reads them, and afterwards what it made of them.
 
 transformers builds whatever a configuration asks for, loads files from wherever an index leads, and
 passes over weights that have no place in the model. Each of these is an error here.
@@ -35,13 +35,13 @@ LARGEST = {
 
 _WITHOUT_PLACE = (
     r"rotary_emb\.inv_freq$",  # computed from the configuration; old checkpoints hold it
-    r"attention\.(masked_)?bias$|attn\.(masked_)?bias$",  # causal masks of GPT-NeoX's day
+    r"attention\.(masked_)?bias$|attn\.(masked_)?bias$",  # causal masks of old GPT-NeoX checkpoints
 )
 """Tensors that some checkpoints hold and no model needs."""
 
 
 def read_config(directory: Path) -> None:
-    """Look whether config.json and the index of the weights can be read safely.
+    """Check that config.json and the index of the weights can be read safely.
 
     Raises:
         LoadingError: if not.
@@ -78,7 +78,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_sizes(name: str, raw: dict[str, Any]) -> None:
-    """Look whether the sizes in a configuration are numbers that a model can have.
+    """Check that the sizes in a configuration are numbers that a model can have.
 
     Raises:
         LoadingError: naming the first that is not.
@@ -104,7 +104,7 @@ def check_sizes(name: str, raw: dict[str, Any]) -> None:
 
 
 def check_class(config: Any) -> None:
-    """Look whether the weights were written by the class that would read them.
+    """Check that the weights were written by the class that would read them.
 
     Raises:
         UnsupportedModel: if config.json names another one.
@@ -131,7 +131,7 @@ def _listed(entry: Any) -> list[str]:
 
 
 def check_weights(name: str, report: dict[str, Any], config: Any) -> None:
-    """Look whether every tensor of a checkpoint has found its place, and every place its tensor.
+    """Check that every tensor of a checkpoint has found its place, and every place its tensor.
 
     Args:
         report: what `from_pretrained(..., output_loading_info=True)` returns.

@@ -45,7 +45,7 @@ def describe_model(config: Any, anatomy: Anatomy) -> None:
 
 
 def _fix_sizes(config: Any, anatomy: Anatomy) -> None:
-    """Say what a configuration would else derive from other sizes."""
+    """Write down the sizes that a configuration would otherwise derive from others."""
     for axis in anatomy.of_kinds({QUERY_HEADS, KV_GROUPS}):
         heads = anatomy.widths[axis.layer]["num_attention_heads"]
         assert axis.output is not None
@@ -56,8 +56,8 @@ def _fix_sizes(config: Any, anatomy: Anatomy) -> None:
 
 
 def _make_global_heads_fit(config: Any, plain: dict[str, int]) -> None:
-    """Head counts are said per layer; the global ones must be such as the class accepts. Where they
-    are not, KV heads are said per layer too, even if all layers have equally many."""
+    """Head counts are said per layer; the global ones must be some that the class accepts. Where
+    they are not, KV heads are said per layer too, even if all layers have equally many."""
     if not heads_fit(config.hidden_size, config.num_attention_heads):
         plain.pop("num_key_value_heads", None)
         config.num_attention_heads = config.num_key_value_heads = 1

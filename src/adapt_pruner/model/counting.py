@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ Term = tuple[int, tuple[AxisKey, ...]]
 class ParameterCount:
     """Counts the parameters of a model over the sizes of its axes. Tied tensors count once."""
 
-    def __init__(self, model: nn.Module, axes: Sequence[Axis]):
+    def __init__(self, model: nn.Module, axes: Sequence[Axis], outside: int = 0):
+        """`outside`: parameters outside the decoder layers."""
+        self.outside = outside
         self.sizes = {axis.key: axis.size for axis in axes}
         slots = defaultdict(lambda: defaultdict(list))
         for axis in axes:
@@ -36,6 +39,7 @@ class ParameterCount:
                 slots[slot.tensor][slot.dim].append((axis.key, slot.index_UK))
         self.constant = 0
         self.tensors: list[list[list[Term]]] = []
+        self.sides: dict[nn.Parameter, list[list[Term]]] = {}
         self.touched_by: dict[AxisKey, list[int]] = {key: [] for key in self.sizes}
         for parameter in model.parameters():
             if parameter not in slots:
@@ -45,6 +49,7 @@ class ParameterCount:
                 self._terms(side(parameter, dim), slots[parameter][dim])
                 for dim in range(max(parameter.dim(), 1))
             ]
+            self.sides[parameter] = sides
             for key in {key for terms in sides for _, keys in terms for key in keys}:
                 self.touched_by[key].append(len(self.tensors))
             self.tensors.append(sides)
@@ -68,13 +73,24 @@ class ParameterCount:
         sizes = {**self.sizes, **sizes}
         return self.constant + sum(_numel(tensor, sizes) for tensor in self.tensors)
 
-    def touching(self, keys: Sequence[AxisKey], sizes: Mapping[AxisKey, int]) -> int:
-        """Parameters of the tensors in which any of the axes has a slot. `sizes` names all axes."""
+    def shape(self, parameter: nn.Parameter, sizes: Mapping[AxisKey, Any]) -> list[Any]:
+        """Lengths of the sides of a tensor; its presence is a factor of the first one."""
+        if parameter in self.sides:
+            return _shape(self.sides[parameter], sizes)
+        return list(parameter.shape)
+
+    def touching(self, keys: Sequence[AxisKey], sizes: Mapping[AxisKey, Any]) -> Any:
+        """Parameters of the tensors in which any of the axes has a slot. `sizes` names all axes;
+        a tensor of sizes among them gives one of counts."""
         indices = {index for key in keys for index in self.touched_by[key]}
         return sum(_numel(self.tensors[index], sizes) for index in indices)
 
 
-def _numel(tensor: list[list[Term]], sizes: Mapping[AxisKey, int]) -> int:
-    return prod(
+def _numel(tensor: list[list[Term]], sizes: Mapping[AxisKey, Any]) -> Any:
+    return prod(_shape(tensor, sizes))
+
+
+def _shape(tensor: list[list[Term]], sizes: Mapping[AxisKey, Any]) -> list[Any]:
+    return [
         sum(count * prod(sizes[key] for key in keys) for count, keys in terms) for terms in tensor
-    )
+    ]

@@ -23,7 +23,7 @@ from ..errors import LoadingError, shown
 from .anatomy import Anatomy, find_anatomy
 from .axes import ATTENTION, HIDDEN, LAYERS, MLP, AxisKey
 from .configuring import describe_model, drop_layers_of_config
-from .geometry import adopt_geometry, match_widths
+from .geometry import adopt_geometry, match_widths, rescaled
 from .rotation import Rotate
 from .skipped import add_biases, skip_sublayers
 
@@ -85,6 +85,12 @@ class Cut:
             for what, value in of.items():
                 if what != "step":
                     of[what] = value.index_select(dim, kept.to(value.device)).contiguous()
+        width = _count(self.keep, (-1, HIDDEN), anatomy.hidden_size)
+        factors = rescaled(model, anatomy.architecture, anatomy.hidden_size, width)
+        for parameter, factor in factors.items():
+            for what, value in (of := moments.get(names[parameter], {})).items():
+                if what != "step":  # of gradients, or of their squares
+                    of[what] = value / factor ** (2 if what.endswith("_sq") else 1)
         renamed = _names_after(anatomy, self.keep, gone, list(moments))
         kept = {renamed[name]: of for name, of in moments.items() if name in renamed}
         moments.clear()

@@ -1,4 +1,4 @@
-"""Make modules say the sizes that their tensors have."""
+"""Make the attributes of modules agree with the sizes of their tensors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,7 @@ def _is_size(value: Any) -> bool:
 
 
 def match_widths(model: Any, architecture: Architecture, before: int, after: int) -> None:
-    """Tell the modules around the layers that the hidden size has changed. Mutates `model`.
-
-    Gemma multiplies embeddings by the square root of the hidden size. Embeddings that are larger by
-    what that factor shrinks give the layers the same input; where the head shares their weights,
-    the final norm takes back what it gains.
-    """
+    """Tell the modules around the layers that the hidden size has changed. Mutates `model`."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding.embedding_dim = after
     if head is not None:
@@ -47,13 +42,31 @@ def match_widths(model: Any, architecture: Architecture, before: int, after: int
     for module in trunk.children():
         if hasattr(module, "normalized_shape"):
             module.normalized_shape = (after,)  # LayerNorms know it
-    if not architecture.scales_embedding:
-        return
-    embedding.scalar_embed_scale = after**0.5
-    embedding.embed_scale.fill_(torch.tensor(after**0.5).item())  # rounded as a fresh one is
+    if architecture.scales_embedding:
+        embedding.scalar_embed_scale = after**0.5
+        embedding.embed_scale.fill_(torch.tensor(after**0.5).item())  # rounded as a fresh one is
     with torch.no_grad():
-        embedding.weight.mul_((before / after) ** 0.5)
-        if head is not None and head.weight is embedding.weight:
-            gain = 1 + in_float64(trunk.norm.weight)  # Gemma's norms store what they add to 1
-            gained = gain * (after / before) ** 0.5 - 1
-            trunk.norm.weight.copy_(gained.to(trunk.norm.weight.dtype))
+        for weight, factor in rescaled(model, architecture, before, after).items():
+            if weight is embedding.weight:
+                weight.mul_(factor)
+            else:  # Gemma's norms store what they add to 1
+                weight.copy_(((1 + in_float64(weight)) * factor - 1).to(weight.dtype))
+
+
+def rescaled(
+    model: Any, architecture: Architecture, before: int, after: int
+) -> dict[nn.Parameter, float]:
+    """Parameters whose values change with the hidden size, and what they are multiplied by.
+
+    Gemma multiplies embeddings by the square root of the hidden size. Embeddings that are larger by
+    what that factor shrinks give the layers the same input; where the head shares their weights,
+    the final norm takes back what it gains. Gradients, and so moments, change by the inverse.
+    """
+    if not architecture.scales_embedding or before == after:
+        return {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    factors = {embedding.weight: (before / after) ** 0.5}
+    if head is not None and head.weight is embedding.weight:
+        trunk = model.get_submodule(architecture.layers.rpartition(".")[0])
+        factors[trunk.norm.weight] = (after / before) ** 0.5
+    return factors

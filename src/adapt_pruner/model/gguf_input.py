@@ -172,8 +172,8 @@ def import_gguf():
 
 def mend_tokenizer(tokenizer: Any, header: Header) -> None:
     """Make a tokenizer that transformers built from a file do what the file says: split text by
-    names that transformers does not know (smollm: every digit is a piece), and have no token that
-    the file has not (transformers adds GPT-2's)."""
+    names that transformers does not know (smollm: every digit is a piece), and leave out tokens
+    that the file does not have (transformers adds GPT-2's)."""
     from tokenizers import Tokenizer
 
     said = header.metadata
@@ -190,7 +190,7 @@ def mend_tokenizer(tokenizer: Any, header: Header) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
 
 
-def stored_dtype(header: Header) -> str:
+def dtype_of_file(header: Header) -> str:
     """The precision to keep the file's values in: its own, or float16 where it is quantised."""
     return {0: "float32", 32: "bfloat16"}.get(
         header.metadata.get("general.file_type", 1), "float16"

@@ -145,7 +145,7 @@ def _own(before: Anatomy, edit: Cut, key: AxisKey, keep_U: Tensor) -> Tensor:
 
 
 def _says_something(key: AxisKey, keep: dict[AxisKey, Tensor], gone: set[int]) -> bool:
-    """Whether a mask is not implied: by its layer's going, or by its sublayer's."""
+    """Whether a mask says more than that its layer or its sublayer is gone."""
     layer, kind = key
     if layer in gone:
         return kind == LAYERS

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -90,19 +91,36 @@ def _is_not_about_global_widths(record: logging.LogRecord) -> bool:
 
 
 def at_import(hook: Callable[[Architecture, ModuleType], None]) -> None:
-    """Call `hook` with every supported architecture when its modelling file is imported."""
+    """Call `hook` with every supported architecture when its modelling file is imported.
 
-    def register_all(architectures: Iterable[Architecture]) -> None:
-        for architecture in architectures:
-            wrapt.register_post_import_hook(
-                functools.partial(hook, architecture), architecture.modeling_module
-            )
+    A row of another package is loaded when the first model of its type is built: then this package
+    is whole, and the row may stand beside whatever needs it; and only that model fails if the row
+    cannot be imported.
+    """
+    for architecture in ARCHITECTURES.own.values():
+        wrapt.register_post_import_hook(
+            functools.partial(hook, architecture), architecture.modeling_module
+        )
+    if ARCHITECTURES.foreign:
+        wrapt.register_post_import_hook(
+            functools.partial(_before_first_model, hook), "transformers.modeling_utils"
+        )
 
-    def register_foreign(transformers: ModuleType) -> None:
-        register_all([ARCHITECTURES[name] for name in ARCHITECTURES.foreign])
 
-    register_all(ARCHITECTURES.own.values())
-    wrapt.register_post_import_hook(register_foreign, "transformers")
+def _before_first_model(hook: Callable[[Architecture, ModuleType], None], utils: Any) -> None:
+    """Extend the constructor that every model calls before it builds its layers."""
+    original, waiting = utils.PreTrainedModel.__init__, set(ARCHITECTURES.foreign)
+
+    @functools.wraps(original)
+    def __init__(self, config, *args, **kwargs):
+        model_type = getattr(config, "model_type", None)
+        if model_type in waiting:
+            waiting.discard(model_type)
+            architecture = ARCHITECTURES[model_type]
+            hook(architecture, import_module(architecture.modeling_module))
+        original(self, config, *args, **kwargs)
+
+    utils.PreTrainedModel.__init__ = __init__
 
 
 def _extend(architecture: Architecture, module: ModuleType) -> None:

@@ -34,7 +34,7 @@ from ..errors import (
 )
 from .anatomy import architecture_of
 from .checks import check_class, check_sizes, check_weights, read_config
-from .gguf_input import mend_tokenizer, read_header, stored_dtype
+from .gguf_input import dtype_of_file, mend_tokenizer, read_header
 
 EMBEDDED_MODEL = "demo"
 """Name of the small model that ships with the package."""
@@ -120,7 +120,7 @@ def _read_gguf_config(file: Path, size: int, time: int) -> Any:
         )
     with reading(str(file), "configuration"):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    config.dtype = getattr(torch, stored_dtype(header))
+    config.dtype = getattr(torch, dtype_of_file(header))
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
     config.architectures = [known]
     return config

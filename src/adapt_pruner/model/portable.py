@@ -115,7 +115,7 @@ def write_modeling_file(directory: Path, model: Any) -> dict[str, str]:
 
 
 def _sources() -> tuple[Any, ...]:
-    """What the file holds of this package: functions and classes that need but each other, torch,
+    """What the file holds of this package: functions and classes that need only each other, torch,
     and the caches of transformers."""
     from . import skipped
 

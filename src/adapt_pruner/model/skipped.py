@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class EmptyCacheLayer(DynamicLayer):
-    """Knows how many tokens there were, and holds no bytes of them. The first layer of a cache is
+    """Counts tokens, and stores nothing of them. The first layer of a cache is
     asked for that number, whether or not it attends."""
 
     def get_seq_length(self) -> int:

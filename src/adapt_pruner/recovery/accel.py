@@ -50,7 +50,7 @@ def accel(
         output: directory of the run; the result is loaded from it.
         data: training text or a mixture, see `read_mixture`; also the default of `calibration`.
         tokens: to train on in all.
-        sparsity, params, preset: as in `prune`.
+        sparsity, params, preset: as in `prune`; other targets in `options`.
         settings: all settings of pruning at once; or single ones in `options`.
         recovery: all settings of training at once; or single ones in `options`.
         options: fields of `AccelRequest`, `RecoverySettings` or `PruneSettings` by name.

@@ -38,12 +38,16 @@ def reason_to_stop(run: Run) -> str:
 
 def account_of(run: Run, measured: dict[str, float]) -> PruningResult:
     """The account of the whole run; `measured` are the figures of the final model."""
-    anatomy, progress, first = find_anatomy(run.model), run.progress, run.progress.first
+    progress, first = run.progress, run.progress.first
+    resource = run.materials.resource
+    anatomy = find_anatomy(run.model, resource)
     return PruningResult(
         model=run.model,
         tokenizer=run.materials.tokenizer,
         settings=run.request.settings,
         target=run.materials.target,
+        reached=anatomy.amount,
+        resource=resource,
         before=Size(**first["size"]),
         after=Size.of(anatomy),
         widths_before=first["widths"],

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from ..goal import Goal
 from ..model.anatomy import count_parameters, find_anatomy
 from ..model.loading import empty_model
+from ..model.resources import Resource
 from ..plan import EARLIER_SUMS, make_plan
 from ..result import Size
 from ..run import stored_dtype
-from .materials import check_training, plan_phases
+from .materials import check_training, limited_by, plan_phases
 from .request import AccelRequest, check_together
 from .schedule import Phase, learning_rates, settings_of_phase, tokens_per_step
 from .teacher import stored_bytes
@@ -39,6 +41,8 @@ class AccelPlan:
 
     before: Size
     target: int
+    """The most that the model may have of what the target limits."""
+    resource: Resource
     phases: tuple[PhasePlan, ...]
     tokens: int
     """Trained on: the budget, rounded down to whole steps."""
@@ -94,6 +98,7 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     return AccelPlan(
         before=Size.of(anatomy),
         target=target,
+        resource=limited_by(request),
         phases=plans,
         tokens=tokens,
         tokens_per_step=per_step,
@@ -127,9 +132,8 @@ def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float
 def _pruning_memory(request: AccelRequest, model: Any, phases: Sequence[Phase]) -> dict[str, int]:
     """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory."""
     settings = settings_of_phase(request.settings, len(phases))
-    plan = make_plan(
-        model, settings, params=phases[0].parameters, dtype=_dtype(request)
-    ).memory_bytes
+    goal = Goal(params=phases[0].parameters)
+    plan = make_plan(model, settings, goal, _dtype(request)).memory_bytes
     return {part: size for part, size in plan.items() if part != EARLIER_SUMS}
 
 

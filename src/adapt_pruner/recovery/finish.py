@@ -19,8 +19,9 @@ from .state import RunDirectory
 def write_result(result: PruningResult, request: AccelRequest, place: RunDirectory) -> None:
     """Write model and account into the run's directory; then what only a resume needs goes.
 
-    config.json and at last run.json arrive after all else, so that neither a tool nor a resume
-    takes a half-written result for a whole one. What the result replaces is there until then.
+    config.json is written after all other files, and run.json last, so that neither a tool nor a
+    resume takes a half-written result for a whole one. Until then, what the result replaces is
+    still there.
 
     Raises:
         WritingError: for whatever the disk refuses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from ..data.mixture import Mixture, read_mixture
 from ..data.packing import PackedData, prepare
 from ..data.sampling import WindowSampler
 from ..errors import InvalidSettings
-from ..methods import method_named, target_of
+from ..methods import method_named
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_config, load_model, load_tokenizer
+from ..model.resources import PARAMETERS, Resource
 from ..run import evaluation_texts, stored_dtype
 from ..settings import PruneSettings
 from .launch import first_alone
@@ -47,6 +49,7 @@ class Materials:
     stored_dtype: torch.dtype | None
     """That in which the result is written."""
     target: int
+    """The most that the model may have of what the target limits."""
     phases: tuple[Phase, ...]
     data: PackedData
     calibration: CalibrationData
@@ -56,6 +59,11 @@ class Materials:
     """Of the order of the data."""
     num_tokens: int
     """That model and teacher both know; 0 without a teacher."""
+
+    @cached_property
+    def resource(self) -> Resource:
+        """What the target limits."""
+        return limited_by(self.request)
 
     def source(self) -> Any:
         """The source model, read if it has not been."""
@@ -80,16 +88,25 @@ def training_dtype(request: AccelRequest) -> torch.dtype:
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
+def limited_by(request: AccelRequest) -> Resource:
+    """What the target of a run limits."""
+    tokenizer = None
+    if request.bytes is not None:
+        tokenizer = load_tokenizer(request.model, request.trust_remote_code)
+    return request.resource(tokenizer)
+
+
 def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ...]]:
-    """Parameters to reach, and the phases on the way. `model` may be on `meta`.
+    """What to reach, and the phases on the way. `model` may be on `meta`.
 
     Raises:
         InvalidTarget, InvalidSettings: if the target or the budget makes no sense.
     """
-    anatomy = find_anatomy(model)
-    target = target_of(request.settings, anatomy, request.sparsity, request.params)
+    anatomy = find_anatomy(model, limited_by(request))
+    target = request.target(request.settings, anatomy)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
-    phases = make_phases(request.recovery, anatomy.total_parameters, target, request.tokens)
+    of_model = None if anatomy.resource is PARAMETERS else anatomy.total_parameters
+    phases = make_phases(request.recovery, anatomy.amount, target, request.tokens, of_model)
     return target, phases
 
 
@@ -257,8 +274,8 @@ def check_training(request: AccelRequest, model: Any, num_processes: int) -> Non
 
 @torch.no_grad()
 def reference_losses(materials: Materials) -> dict[str, float]:
-    """Loss of the source model on some windows of each domain, in nats per token; those that the
-    mixture states stand."""
+    """Loss of the source model on some windows of each domain, in nats per token. Losses that the
+    mixture states are taken as they are."""
     device, sampler = materials.accelerator.device, materials.sampler()
     stated, losses = materials.data.mixture.reference_losses, {}
     for i, domain in enumerate(materials.data.domains):

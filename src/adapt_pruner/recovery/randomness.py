@@ -43,8 +43,8 @@ def gather_random_states(group: ProcessGroup | None) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor], group: ProcessGroup | None) -> None:
-    """Take up this process's own state. A process that had none, because the run had fewer, gets a
-    seed of its own."""
+    """Take up this process's own state. A process that has none, because the run had fewer
+    processes, gets a seed of its own."""
     rank, _ = share_of(group)
     if f"cpu/{rank}" not in states:
         torch.manual_seed(zlib.crc32(states["cpu/0"].numpy().tobytes()) + rank * _STRIDE)

@@ -1,4 +1,4 @@
-"""What is asked of a run of Adapt-Accel, and what is heard of it."""
+"""What a user asks of a run of Adapt-Accel, and what a run reports."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ..api import Listener
 from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
+from ..goal import TARGETS, Goal
 from ..limits import Budget, Hours, Loss, Rounds, Steps, checked_value
 from ..result import PruningResult
 from ..settings import PruneSettings
@@ -23,7 +24,7 @@ DEFAULTS = {"calibration": TRAINING_DATA, "tuning_steps": 0}
 
 
 @dataclass(frozen=True)
-class AccelRequest:
+class AccelRequest(Goal):
     """What the user asks for: the run itself, and below how far to go and what to leave."""
 
     model: str
@@ -31,8 +32,6 @@ class AccelRequest:
     tokens: int
     settings: PruneSettings
     recovery: RecoverySettings
-    sparsity: float | None = None
-    params: int | None = None
     teacher: str | None = None
     evaluate: str | None = None
     portable: bool = False
@@ -73,7 +72,7 @@ class AccelRequest:
 
 
 _RECIPE_NAMES = (
-    "model", "data", "tokens", "sparsity", "params", "teacher", "evaluate", "portable",
+    "model", "data", "tokens", *TARGETS, "quantize", "teacher", "evaluate", "portable",
     "trust_remote_code",
 )  # fmt: skip
 
@@ -110,8 +109,9 @@ _NUMBERS: dict[str, Any] = {
 
 
 def check_together(request: AccelRequest) -> None:
-    """Raise InvalidSettings for what cannot be asked for, or not together."""
+    """Raise InvalidSettings for values that cannot be asked for, alone or together."""
     recovery, settings = request.recovery, request.settings
+    request.check_quantize()
     for name, kind in _NUMBERS.items():
         value = getattr(request, name)
         if value is not None or name in ("tokens", "save_steps"):

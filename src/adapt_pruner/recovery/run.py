@@ -137,11 +137,13 @@ class Run:
         seed = self.materials.seed * 1_000_003 + phase.number
         torch.manual_seed(seed)
         layers = list(self.history.layers)
+        resource = self.materials.resource
+        amount = min(phase.amount, find_anatomy(self.model, resource).amount)
         with set_aside(self.materials.teacher):
             result = prune(
                 self.model,
                 self.materials.tokenizer,
-                params=min(phase.parameters, find_anatomy(self.model).total_parameters),
+                **resource.goal(amount),
                 calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
                 settings=settings_of_phase(request.settings, len(self.phases)),
                 listener=Following(self.listener.pruning, self._follow),
@@ -308,7 +310,8 @@ class Run:
 
 
 class Following(Listener):
-    """Hears of a cut for a display, and takes along what depends on the model's structure."""
+    """Passes a cut on to the display, and changes everything that depends on the model's structure
+    with it."""
 
     def __init__(self, display: Listener, follow: Callable[[Edit, Anatomy], None]):
         self.on_start, self.on_progress = display.on_start, display.on_progress

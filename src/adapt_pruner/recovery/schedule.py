@@ -23,12 +23,14 @@ PRUNE_PER_PHASE = 0.05
 
 @dataclass(frozen=True)
 class Phase:
-    """Cut to at most `parameters`, then take `steps` optimizer steps."""
+    """Cut to at most `amount`, then take `steps` optimizer steps."""
 
     number: int
     """Counted from 1."""
+    amount: int
+    """Of what the target limits: parameters of the whole model, unless it is something else."""
     parameters: int
-    """Of the whole model."""
+    """Of the whole model; where the target limits something else, about."""
     first_step: int
     """Optimizer steps taken before this phase."""
     steps: int
@@ -51,7 +53,11 @@ def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
 
 
 def make_phases(
-    settings: RecoverySettings, before: int, target: int, tokens: int
+    settings: RecoverySettings,
+    before: int,
+    target: int,
+    tokens: int,
+    parameters: int | None = None,
 ) -> tuple[Phase, ...]:
     """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, in whole optimizer
     steps, at least one per phase.
@@ -60,8 +66,9 @@ def make_phases(
     `final_share` moves the cuts forward: the phases before the last share what it leaves.
 
     Args:
-        before, target: parameters of the whole model, P_0 and P_T.
+        before, target: parameters of the whole model, P_0 and P_T; or of what else is limited.
         tokens: training tokens of all phases.
+        parameters: of the whole model, if something else is limited.
 
     Raises:
         InvalidSettings: if the tokens are too few for one step per phase.
@@ -77,8 +84,9 @@ def make_phases(
     steps = _apportion(_shares(settings, count), total_steps)
     phases = []
     for j in range(1, count + 1):
-        size = before - round((before - target) * j / count)
-        phases.append(Phase(j, size, sum(steps[: j - 1]), steps[j - 1]))
+        amount = before - round((before - target) * j / count)
+        about = amount if parameters is None else round(parameters * amount / before)
+        phases.append(Phase(j, amount, about, sum(steps[: j - 1]), steps[j - 1]))
     return tuple(phases)
 
 

@@ -65,8 +65,8 @@ def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: M
 
 
 def without_weights(model: nn.Module) -> Any:
-    """A copy with all but the weights, which are on `meta`. Taken before sharding, which cannot be
-    taken off a model."""
+    """A copy of the model whose weights are on `meta`. Make it before sharding, which cannot be
+    undone on a model."""
     empty = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
     }

@@ -197,7 +197,7 @@ class RunDirectory:
                 shutil.rmtree(old, ignore_errors=True)
 
     def kept(self) -> str:
-        """What a run that ends now leaves, and what to do, as a sentence."""
+        """What a run that ends now leaves, and what the user can do, as a sentence."""
         if self.checkpoints():
             return f"Run the same command again to go on from the last checkpoint in '{self.final}'"
         return "There is no checkpoint yet: the same command begins anew"

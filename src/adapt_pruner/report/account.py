@@ -37,7 +37,7 @@ def run_record(result: PruningResult) -> dict[str, Any]:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "source_model": source or None,
         "base_model": _hub_name(source),
-        "target_parameters": result.target,
+        **result.target_record(),
         "before": asdict(result.before),
         "after": asdict(result.after),
         "sparsity": result.sparsity,

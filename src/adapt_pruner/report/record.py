@@ -66,6 +66,14 @@ class Recovery(BaseModel):
     tokens: TokenCount
 
 
+class Target(BaseModel):
+    """What was asked for, and how it was met."""
+
+    limits: Annotated[str, MaxLen(200)]
+    most: Count
+    reached: Count
+
+
 class RunRecord(BaseModel):
     """The content of run.json."""
 
@@ -73,7 +81,9 @@ class RunRecord(BaseModel):
     created: str
     source_model: str | None = None
     base_model: str | None = None
-    target_parameters: Count
+    target_parameters: Count | None = None
+    target: Target | None = None
+    """Where it is no number of parameters."""
     before: Size
     after: Size
     sparsity: Share
@@ -116,6 +126,17 @@ class RunRecord(BaseModel):
         left = range(len(self.before.layers)) if self.layers_left is None else self.layers_left
         after = dict(zip(left, self.after.layers, strict=False))
         return [size - after.get(i, 0) for i, size in enumerate(self.before.layers)]
+
+    @property
+    def target_sentence(self) -> str:
+        """What was asked for, and how it was met."""
+        target = self.target or Target(
+            limits="parameters",
+            most=self.target_parameters or self.after.total,
+            reached=self.after.total,
+        )
+        spare = target.most - target.reached
+        return f"The target was {target.most:,} {target.limits}, met with {spare:,} to spare"
 
     @property
     def command(self) -> str:

@@ -34,8 +34,8 @@ def make_extras(run: Run, wanted: Wanted) -> Extras:
     """Let the pruned model write, and the dense one where it is named; time them.
 
     What recipe.yaml and run.json call the dense model is text that came with the directory: it is
-    shown, and loaded only if the user names it. A dense model that cannot be loaded is said in the
-    result, and no error.
+    shown, and loaded only if the user names it. If the dense model cannot be loaded, the result
+    says so; it is no error.
 
     Raises:
         LoadingError: if the pruned model cannot be loaded.

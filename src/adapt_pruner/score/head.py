@@ -1,8 +1,8 @@
 """The output head, some tokens at a time.
 
 The logits of a micro-batch outweigh all else in a small model with a large vocabulary: 2,048 tokens
-of 49,152 float32 logits are 0.4 GB, and a gradient of them as much again. Where nothing but a
-linear head stands between the last hidden states and the logits, neither has to be there at once.
+of 49,152 float32 logits are 0.4 GB, and a gradient of them as much again. Where only a linear head
+stands between the last hidden states and the logits, neither has to be in memory as a whole.
 
 Shapes: B windows, T tokens, N tokens of a chunk, D hidden size, V vocabulary.
 """
@@ -28,7 +28,7 @@ float64, and its gradient to the logits."""
 
 @torch.no_grad()
 def plain_head(model: Any) -> nn.Module | None:
-    """The module that makes logits of the last hidden states, if nothing else has a part in it.
+    """The linear layer that turns the last hidden states into logits, if nothing else does.
 
     Found by trying, with two tokens: several architectures scale or bend their logits afterwards
     (`final_logit_softcapping`, `logits_scaling`), each under a name of its own. None for those.

@@ -85,7 +85,7 @@ def residual_fisher(axis: Axis, statistics: Statistics, seed: int = 0) -> Tensor
     column; for one of several it is the trace of the Schur complement ((H^-1)_jj)^-1 over the trace
     of H_jj.
 
-    Gradients are blind for a massive activation (arXiv:2402.17762): all later layers read it
+    Gradients do not see a massive activation (arXiv:2402.17762): all later layers read it
     through a norm, which makes as much of half of it, so that a gate on its unit seems to do
     nothing. A unit with `MASSIVE` times the mean energy is as dear as its whole axis.
     """

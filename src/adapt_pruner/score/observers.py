@@ -61,8 +61,8 @@ class Observer(ABC):
         return ()
 
     def carry(self, keep: Keep | None, share: float) -> None:  # noqa: B027  (most carry nothing)
-        """Let go of the last pass. If `keep` says what stays of each axis, `share` of what was
-        found about it counts in the next pass; with None, nothing does."""
+        """Forget the last pass. Where `keep` says which units of each axis stay, this `share` of
+        their sums counts in the next pass; with None, nothing is carried over."""
 
 
 class Loss(Observer):

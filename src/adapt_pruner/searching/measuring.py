@@ -1,4 +1,4 @@
-"""How good a pruned model is on the validation text, told from masks where nothing is cut yet.
+"""How good a pruned model is on the validation text, measured with masks before anything is cut.
 
 Shapes: B windows, T tokens, D hidden size, N tokens of a chunk.
 """

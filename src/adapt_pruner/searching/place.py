@@ -29,6 +29,30 @@ NAME = "adapt-pruner"
 """Of the study in a database: one for each."""
 
 
+class Lock:
+    """A lock between processes that ends with the one that holds it, whatever ends that. Optuna's
+    own make the others wait half a minute for a killed one, and leave a file."""
+
+    def __init__(self, file: Path):
+        self._lock = FileLock(file, poll_interval=0.01)
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held
+        self._lock.release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+
 class Place:
     """The output of a search."""
 
@@ -78,25 +102,14 @@ class Place:
                 f"{shown(str(error))}). Name another, or repair it."
             ) from error
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        lock = FileLock(self.output.with_name(f".{self.output.name}.writing"))
-        with lock:
-            try:
-                yield
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held
-
-    def _lock(self) -> Any:
-        from optuna.storages.journal import JournalFileOpenLock
-
-        return JournalFileOpenLock(str(self.output.with_name(f".{self.output.name}.journal")))
+    def _lock(self, what: str) -> Lock:
+        return Lock(self.output.with_name(f".{self.output.name}.{what}"))
 
     def _journal_storage(self) -> Any:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
-        return JournalStorage(JournalFileBackend(str(self.journal), lock_obj=self._lock()))
+        return JournalStorage(JournalFileBackend(str(self.journal), lock_obj=self._lock("journal")))
 
     def stored_pool(self, length: int, key: str) -> dict[str, Tensor] | None:
         """The scores of samples of `length` tokens that were stored under a key, if they are there
@@ -118,7 +131,7 @@ class Place:
         """Let `fill` write into a directory that then takes the place of the output. Workers of the
         study wait for each other. Raises WritingError if another run is at work there."""
         with (
-            self._turn(),
+            self._lock("writing").held(),
             claimed(self.output),
             ExitStack() as held,
             atomic_directory(self.output, overwrite=True) as partial,
@@ -127,9 +140,8 @@ class Place:
             (partial / STUDY).mkdir()
             flush_tree(partial)
             if not self.storage:
-                lock = self._lock()
-                lock.acquire()
-                held.callback(lock.release)  # when the new directory is in its place
+                # Until the new directory is in its place.
+                held.enter_context(self._lock("journal").held())
             for file in (self.output / STUDY).iterdir():
                 if file.name == JOURNAL or file.match(POOL.format("*")):
                     shutil.copy2(file, partial / STUDY / file.name)

@@ -17,6 +17,7 @@ from ..errors import (
     InvalidSettings,
     MissingExtra,
 )
+from ..goal import Goal
 from ..methods import build_settings, make_settings
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
@@ -105,7 +106,7 @@ def run_search(
     layers = len(find_anatomy(empty).layers)
     space = make_space(request.settings, request.search, request.space, layers)
     resolve_device(request.settings.device)
-    target = make_plan(empty, request.settings, *_smallest(request, space)).target
+    target = make_plan(empty, request.settings, _smallest(request, space)).target
     texts = read_texts(request)
     place = Place(output, request.search.storage)
     place.check(
@@ -123,16 +124,16 @@ def run_search(
         return write_outcome(request, bench, study, place, texts["held-out"])
 
 
-def _smallest(request: SearchRequest, space: Space) -> tuple[float | None, int | None]:
-    """The smallest size that is asked for, as sparsity or parameters."""
+def _smallest(request: SearchRequest, space: Space) -> Goal:
+    """The smallest size that is asked for."""
     if "sparsity" not in space:
-        return request.sparsity, request.params
+        return Goal(sparsity=request.sparsity, params=request.params)
     if request.sparsity is not None or request.params is not None:
         raise InvalidSettings(
             "The space has sparsity, so that no other size can be asked for; got --sparsity or "
             "--params. Leave one of them out."
         )
-    return greatest(space["sparsity"]), None
+    return Goal(sparsity=greatest(space["sparsity"]))
 
 
 def _identity(request: SearchRequest, space, target: int, texts: list[str]) -> dict[str, Any]:

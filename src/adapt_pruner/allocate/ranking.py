@@ -1,0 +1,120 @@
+"""One ranking of all chains: what goes until a target is met, and what is given back."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import InvalidTarget
+from .chains import Chain, Removal
+
+
+def remove_ranked(removal: Removal, target: int) -> None:
+    """Remove blocks of lowest importance per parameter, or what else the target limits, whatever
+    their axis, until at most `target` is left; then give back what was too much (`tighten`)."""
+    chains = removal.chains
+    if removal.amount > target:
+        before = [chain.removed for chain in chains]
+        ids = torch.cat([torch.full((len(c.sizes) - c.removed,), i) for i, c in enumerate(chains)])
+        density = torch.cat([chain.density[chain.removed :] for chain in chains])
+        ids = ids[torch.argsort(density, stable=True)]
+
+        def remove(count: int) -> int:
+            extra = torch.bincount(ids[:count], minlength=len(chains)).tolist()
+            for chain, start, more in zip(chains, before, extra, strict=True):
+                chain.removed = start + more
+            return removal.amount
+
+        if remove(len(ids)) > target:
+            written = removal.anatomy.resource.written(removal.amount)
+            raise InvalidTarget(f"At least {written} stay.")
+        low, high = 0, len(ids)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if remove(middle) > target else (low, middle)
+        remove(high)
+    tighten(removal, target)
+
+
+def tighten(removal: Removal, target: int) -> None:
+    """Give back the most important blocks that were removed beyond `target`.
+
+    Afterwards the surplus is smaller than one block: one unit, or one multiple.
+    """
+    surplus = target - removal.amount
+    while True:
+        sizes = removal.sizes
+        fitting = [
+            chain
+            for chain in removal.chains
+            if chain.removed and removal.cost(chain, chain.removed - 1, sizes) <= surplus
+        ]
+        if not fitting:
+            break
+        best = max(fitting, key=lambda chain: float(chain.density[chain.removed - 1]))
+        surplus -= removal.cost(best, best.removed - 1, sizes)
+        best.removed -= 1
+    while surplus and _exchange_coarse_block(removal, target):
+        surplus = target - removal.amount
+
+
+def _exchange_coarse_block(removal: Removal, target: int) -> bool:
+    """Where a coarse block (a KV group, a layer) went and the surplus is more than a finer one,
+    give it back for finer ones, if that leaves less surplus. Returns whether it did."""
+    chains, surplus = removal.chains, target - removal.amount
+    if not _open_blocks(removal, surplus):
+        return False
+    before = [chain.removed for chain in chains]
+    gone = [chain for chain in chains if chain.removed]
+    for returned in sorted(gone, key=lambda chain: -float(chain.density[chain.removed - 1])):
+        left = surplus - removal.cost(returned, returned.removed - 1)
+        returned.removed -= 1
+        finer = [chain for chain in _open_blocks(removal, surplus) if chain is not returned]
+        while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
+            cheapest = min(open_, key=lambda chain: float(chain.density[chain.removed]))
+            left += removal.cost(cheapest, cheapest.removed)
+            cheapest.removed += 1
+        if 0 <= left < surplus:
+            return True
+        for chain, removed in zip(chains, before, strict=True):
+            chain.removed = removed
+    return False
+
+
+def _open_blocks(removal: Removal, most: int) -> list[Chain]:
+    """Chains whose next block to leave has parameters, and at most so many."""
+    sizes = removal.sizes
+    return [
+        chain
+        for chain in removal.chains
+        if chain.removed < len(chain.sizes)
+        and 0 < removal.cost(chain, chain.removed, sizes) <= most
+    ]
+
+
+def hold_back(removal: Removal) -> None:
+    """Give back, before a later step, the units that it will need to meet its target: where layers
+    or sublayers may go, so many finer blocks must be left to cut as outweigh one of those.
+
+    Otherwise a layer that goes last takes too much with it, and what an earlier step has cut cannot
+    be given back for it.
+    """
+    presences = [chain for chain in removal.chains if chain.members[0].is_presence]
+    finer = [chain for chain in removal.chains if not chain.members[0].is_presence]
+    staying = [chain for chain in presences if chain.removed < len(chain.sizes)]
+    if not staying or not finer:
+        return
+    while gone := [chain for chain in finer if chain.removed]:
+        sizes = removal.sizes
+        coarsest = max(removal.cost(chain, chain.removed, sizes) for chain in staying)
+        by_layer: dict[int, int] = {}
+        for chain in finer:
+            least = {key: chain.width - int(chain.sizes.sum()) for key in chain.keys}
+            touching = removal.anatomy.cost.touching
+            all_of_it = touching(chain.keys, sizes)
+            cuttable = all_of_it - touching(chain.keys, {**sizes, **least})
+            layer = chain.keys[0][0]
+            by_layer[layer] = by_layer.get(layer, 0) + cuttable
+        if sum(by_layer.values()) - max(by_layer.values()) >= coarsest:  # one may go with a layer
+            return
+        most_important = max(gone, key=lambda chain: float(chain.density[chain.removed - 1]))
+        most_important.removed -= 1
