@@ -7,17 +7,25 @@ from typing import Any
 import torch
 
 from ..evaluation.speed import compare_speed
+from ..goal import Goal
+from ..model.anatomy import find_anatomy
 from .request import SearchSettings
 
 
-def costs_of(model: Any, dense: Any, how: SearchSettings, written: torch.dtype) -> dict[str, float]:
+def costs_of(
+    model: Any, dense: Any, tokenizer: Any, how: SearchSettings, written: torch.dtype
+) -> dict[str, float]:
     """The costs that are objectives, each with its name.
 
-    Parameters; bytes of the weights as they are written; latency as a share of the dense model's,
-    which takes turns with this one, so that it can be compared between machines and times.
+    Parameters; bytes of the weights as they are written, or of a GGUF file; latency as a share of
+    the dense model's, which takes turns with this one, so that it can be compared between machines
+    and times.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     known = {"parameters": float(parameters), "bytes": float(parameters * written.itemsize)}
+    if "bytes" in how.costs and how.quantize:
+        resource = Goal(bytes=1, quantize=how.quantize).resource(tokenizer)
+        known["bytes"] = float(find_anatomy(model, resource).amount)
     if "latency" in how.costs:
         known["latency"] = round(_latency(model, dense, how), 4)
     return {name: known[name] for name in how.costs}

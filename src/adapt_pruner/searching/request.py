@@ -77,6 +77,13 @@ class SearchSettings(BaseModel):
             "one nearest to the best of all (each scaled over the front), or the best in quality."
         ),
     ] = "nearest"
+    quantize: Annotated[
+        Name | None,
+        Field(
+            description="Where bytes count: those of a GGUF file of this type, such as Q4_K_M; "
+            "default: the weights as the checkpoint holds them."
+        ),
+    ] = None
     prompt_tokens: Annotated[Tokens, Field(description="Tokens read, where latency counts.")] = 256
     new_tokens: Annotated[Tokens, Field(description="Tokens written after them.")] = 32
     validation_window: Annotated[

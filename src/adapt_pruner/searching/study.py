@@ -107,6 +107,8 @@ def run_search(
     space = make_space(request.settings, request.search, request.space, layers)
     resolve_device(request.settings.device)
     target = make_plan(empty, request.settings, _smallest(request, space)).target
+    if "bytes" in request.search.costs and request.search.quantize:
+        Goal(bytes=1, quantize=request.search.quantize).resource(object())  # is there such a type?
     texts = read_texts(request)
     place = Place(output, request.search.storage)
     place.check(
@@ -145,6 +147,8 @@ def _identity(request: SearchRequest, space, target: int, texts: list[str]) -> d
         include={"validation_window", "validation_windows", "describe"}
     )
     how["objective"] = ",".join(request.search.objective)
+    if "bytes" in request.search.costs:
+        how["quantize"] = request.search.quantize
     if "latency" in request.search.costs:
         how |= request.search.model_dump(include={"prompt_tokens", "new_tokens"})
     return {

@@ -128,4 +128,4 @@ class Bench:
         """Every objective by its name."""
         with self.pruned(settings, target) as model:
             quality = {self.search.quality: self.validation.measure(model)}
-            return quality | costs_of(model, self.model, self.search, self.written)
+            return quality | costs_of(model, self.model, self.tokenizer, self.search, self.written)
