@@ -77,7 +77,8 @@ def read_found(directory: Path, id: str) -> Found | None:
     failed = sum(trial.state == "fail" for trial in study.trials)
     rows = [("validation", figure(study.dense), figure(study.value))]
     if study.heldout:
-        rows.append(("held out", *(figure(study.heldout[name]) for name in ("dense", "value"))))
+        dense, value = figure(study.heldout["dense"]), figure(study.heldout["value"])
+        rows.append(("held out", dense, value))
     return Found(
         study=study,
         quality=quality,

@@ -84,7 +84,8 @@ class Place:
             storage = self.storage or self._journal_storage()
             make = functools.partial(
                 optuna.create_study, storage=storage, study_name=NAME, sampler=sampler,
-                pruner=pruner, directions=["minimize"] * objectives, load_if_exists=True,
+                pruner=pruner, load_if_exists=True,
+                directions=[optuna.study.StudyDirection.MINIMIZE] * objectives,
             )  # fmt: skip
             study = make()
             if len(study.directions) != objectives and not study.get_trials(deepcopy=False):

@@ -65,7 +65,7 @@ class Bench:
             samples = choose(group_P, weights, values["draw"], settings.windows)
             settings = build_settings(settings, samples=samples)
         layers = [value for name, value in values.items() if name.startswith("layer ")]
-        if layers and settings.allocation == "even":
+        if layers and getattr(settings, "allocation", None) == "even":
             settings = build_settings(settings, layer_weights=tuple(layers))
         return settings
 
@@ -101,19 +101,17 @@ class Bench:
     def pruned(self, settings: PruneSettings, target: int) -> Iterator[Any]:
         """The model that these settings make: masked where that tells the same, else cut."""
         axes = self._limits(settings)[1]
-        is_told = (
-            isinstance(settings, AdaPrunerSettings)
-            and settings.compensation == "none"
-            and settings.importance == WEIGHTED
-            and can_mask(self.anatomy, axes)
-        )
-        if is_told and not self.search.costs:
-            with masked(axes, self.keep(settings, target)):
+        told: AdaPrunerSettings | None = None
+        if isinstance(settings, AdaPrunerSettings) and can_mask(self.anatomy, axes):
+            is_known = settings.compensation == "none" and settings.importance == WEIGHTED
+            told = settings if is_known else None
+        if told is not None and not self.search.costs:
+            with masked(axes, self.keep(told, target)):
                 yield self.model
             return
         model = copy.deepcopy(self.model)
-        if is_told:
-            Cut(self.keep(settings, target)).apply(model)
+        if told is not None:
+            Cut(self.keep(told, target)).apply(model)
         else:
             calibration = self.samples.calibration(settings)
             prune(model, self.tokenizer, params=target, calibration=calibration, settings=settings)
