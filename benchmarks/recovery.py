@@ -92,12 +92,19 @@ def run_name(arguments) -> str:
     )
 
 
-def run(arguments, changes: dict, seed: int, measure) -> dict:
-    settings = make_settings(arguments.preset, calibration=arguments.data, seed=seed, windows=128)
+def run(arguments, changes: dict, seed: int, measure, settings=None) -> dict:
+    settings = settings or make_settings(
+        arguments.preset, calibration=arguments.data, seed=seed, windows=128
+    )
     common = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
     recovery = make_recovery_settings(**{**BASE, **common, **changes})
     request = AccelRequest(
-        arguments.model, arguments.data, arguments.tokens, settings, recovery, arguments.sparsity
+        arguments.model,
+        arguments.data,
+        arguments.tokens,
+        settings,
+        recovery,
+        sparsity=arguments.sparsity,
     )
     place = Path(tempfile.mkdtemp())
     began = time.perf_counter()

@@ -28,7 +28,7 @@ from adapt_pruner.methods import make_settings
 from adapt_pruner.report import pictures
 from adapt_pruner.run import Request, run_pruning
 from conftest import WORDS, character_tokenizer
-from kill_points import COMMANDS, materials
+from killed_commands import COMMANDS, materials
 from picomodels import build
 from wrong_values import Call, judge, wrong_files, wrong_settings
 
@@ -74,7 +74,7 @@ def make_materials(root: Path) -> None:
     settings = make_settings(
         calibration=str(root / "text.txt"), steps=1, windows=4, window_length=12
     )
-    run_pruning(Request(str(root / "llama"), settings, 0.2), root / "run")
+    run_pruning(Request(str(root / "llama"), settings, sparsity=0.2), root / "run")
 
 
 def count(calls: Iterable[Call]) -> dict[str, Any]:

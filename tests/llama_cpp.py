@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
+from collections.abc import Collection
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from pathlib import Path
 
@@ -144,15 +145,28 @@ class LlamaCpp:
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """(T, V) float32 logits of every position of one text."""
+        self.forget()
+        self._read(tokens, 0, range(len(tokens)))
+        values = np.ctypeslib.as_array(_logits(self.context), shape=(len(tokens), self.size))
+        return values.copy()
+
+    def forget(self) -> None:
+        """Empty the cache."""
         _clear(_memory(self.context), True)
+
+    def next_token(self, tokens: list[int], start: int) -> int:
+        """The most probable token after some that are read at places from `start` on."""
+        self._read(tokens, start, [len(tokens) - 1])
+        return int(np.ctypeslib.as_array(_logits(self.context), shape=(self.size,)).argmax())
+
+    def _read(self, tokens: list[int], start: int, judged: Collection[int]) -> None:
+        """Put tokens into the cache; logits are computed of those that are `judged`."""
         batch = _batch(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for place, token in enumerate(tokens):
-            batch.token[place], batch.pos[place] = token, place
+            batch.token[place], batch.pos[place] = token, start + place
             batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-            batch.logits[place] = 1
+            batch.logits[place] = place in judged
         status = _decode(self.context, batch)
         _free_batch(batch)
         assert status == 0, f"llama_decode: {status}"
-        values = np.ctypeslib.as_array(_logits(self.context), shape=(len(tokens), self.size))
-        return values.copy()

@@ -19,7 +19,7 @@ def pruned(llama, text_file, tmp_path_factory) -> Path:
     settings = make_settings(
         steps=3, windows=8, window_length=12, calibration=str(text_file), device="cpu"
     )
-    run_pruning(Request(str(llama), settings, 0.4, evaluate=str(text_file)), directory)
+    run_pruning(Request(str(llama), settings, sparsity=0.4, evaluate=str(text_file)), directory)
     return directory
 
 

@@ -237,4 +237,6 @@ def test_space_is_reckoned_in_the_precision_that_is_written(monkeypatch, tmp_pat
         disk = SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, disk=disk: disk)
         with pytest.raises(error):
-            run_pruning(Request(str(tmp_path / "bf16"), make_settings(), 0.2), tmp_path / "out")
+            run_pruning(
+                Request(str(tmp_path / "bf16"), make_settings(), sparsity=0.2), tmp_path / "out"
+            )

@@ -243,7 +243,7 @@ def test_command_line_measures_what_it_writes(tokenizer, text_file, tmp_path):
     build("llama", torch.bfloat16).save_pretrained(tmp_path / "bf16")
     tokenizer.save_pretrained(tmp_path / "bf16")
     settings = make_settings(windows=4, window_length=12, steps=1, calibration=str(text_file))
-    result = run_pruning(Request(str(tmp_path / "bf16"), settings, 0.3), tmp_path / "out")
+    result = run_pruning(Request(str(tmp_path / "bf16"), settings, sparsity=0.3), tmp_path / "out")
     expected = logits_of(reload(tmp_path / "out"), tokens(length=48))
     assert torch.equal(logits_of(result.model, tokens(length=48)), expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from adapt_pruner import AdaptPrunerError, export_gguf, prune
 from adapt_pruner.errors import InvalidSettings, UnsupportedModel, WritingError
+from adapt_pruner.export import GgufCommands
 from adapt_pruner.export.quantise import FILE_TYPES
 from adapt_pruner.export.tensors import interleave
 from adapt_pruner.model.gguf_input import read_header
@@ -218,6 +220,17 @@ def test_overwrite_replaces_a_file_whole(cli, tmp_path):
     assert "llama-server" in outcome.out
     assert "ollama create" in outcome.out
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_commands_take_any_name_of_a_file():
+    commands = GgufCommands(Path("/models/My model (2).gguf"))
+    assert commands.ollama == [
+        "echo 'FROM /models/My model (2).gguf' > my-model-2.Modelfile",
+        "ollama create my-model-2 -f my-model-2.Modelfile",
+        "ollama run my-model-2",
+    ]
+    assert commands.lm_studio == ["lms import --copy '/models/My model (2).gguf'"]
+    assert list(commands.by_engine()) == ["first look", "llama.cpp", "Ollama", "LM Studio"]
 
 
 def test_a_full_disk_leaves_nothing(tokenizer, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,54 @@ SAMPLE = (
     "العربية русский 😀👍🏽 e\u0301 \u00a0 end"
 )
 
+PIECES = [
+    *(
+        "Once",
+        " upon",
+        "the",
+        " 3.14",
+        "1234567890",
+        "naïve",
+        " café",
+        "Größe",
+        "Straße",
+        "e\u0301",
+    ),
+    *(
+        "def f(x):",
+        "\treturn",
+        "x[0] += 1",
+        "    if a != b:",
+        "// --",
+        "->",
+        "::",
+        "{}",
+        "\"'`",
+        "\\n",
+    ),
+    *(
+        "日本語",
+        "한국어",
+        "中文。",
+        "العربية",
+        "русский",
+        "हिन्दी",
+        "😀",
+        "👍🏽",
+        "👨‍👩‍👧",
+        "\u200b",
+    ),
+    *(" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", "\u00a0", ".", ",", "'s", "'LL", "!?", "_"),
+]
+
+
+def mixed_lines(count: int) -> list[str]:
+    """Random lines of code, accents, scripts, emoji and spaces, up to 12 pieces of them each."""
+    dice = random.Random(0)
+    return ["".join(dice.choices(PIECES, k=dice.randint(0, 12))) for _ in range(count)]
+
+
+MIXED = mixed_lines(1000)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -198,15 +247,7 @@ def test_a_real_model_and_its_tokenizer(name, tmp_path):
     for kind in ("F32", "F16"):
         exported = export_gguf(directory, tmp_path / f"{kind}.gguf", kind)
         with LlamaCpp(exported.file) as engine:
-            for line in [
-                SAMPLE,
-                *SAMPLE.splitlines(),
-                "  two",
-                "",
-                "\n\n",
-                "a\u200bb",
-                "1234567890 .5",
-            ]:
+            for line in [SAMPLE, *SAMPLE.splitlines(), *MIXED]:
                 assert engine.tokens(line) == tokenizer(line).input_ids, line
             found = engine.logits(ids)
         with torch.no_grad():

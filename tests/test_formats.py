@@ -116,10 +116,8 @@ class TestFormats:
         ],
     )  # fmt: skip
     def test_blank_rows_are_passed_over(self, row):
-        assert (
-            detect(Record(row, ""), "a").documents(Record(row, ""), "a", with_template(CHATML))
-            == []
-        )
+        blank = Record(row, "")
+        assert detect(blank, "a").documents(blank, "a", with_template(CHATML)) == []
 
     def test_named_columns(self):
         row = Record({"body": "a", "text": "b"}, "")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accel_runs import finish
@@ -58,6 +58,7 @@ def written(model, quantize, tmp_path):
     st.sampled_from(list(FILE_TYPES)),
     st.integers(0, 2**31),
 )
+@example(("qwen3", KINDS), "Q8_0", 98)  # 71 and 77 neurons are 96 in the file: equal layers
 @settings(max_examples=20, deadline=None)
 def test_bytes_of_any_mix_are_those_of_the_file(tmp_path_factory, model, quantize, seed):
     model_type, kinds = model

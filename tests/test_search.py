@@ -220,3 +220,16 @@ def test_a_killed_worker_loses_its_running_trial_alone(
     after = run(trials=len(finished) + 1)
     assert len([t for t in after.trials if t["state"] != "running"]) == len(finished) + 1
     assert ended(after)[:2] == ended(together)[:2]
+
+
+def test_a_journal_that_ends_within_a_line_goes_on(tmp_path):
+    """As a full disk leaves it: what was half-written is lost, and nothing else."""
+    import optuna
+
+    place = Place(tmp_path / "out")
+    for number in range(3):
+        study = place.open_study(optuna.samplers.RandomSampler(), None, overwrite=False)
+        assert len(study.trials) == number
+        study.tell(study.ask({}), 1.0)
+        with place.journal.open("ab") as journal:
+            journal.write(b'{"op_code":5,"worker_id":')

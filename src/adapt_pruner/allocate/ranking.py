@@ -92,29 +92,34 @@ def _open_blocks(removal: Removal, most: int) -> list[Chain]:
 
 
 def hold_back(removal: Removal) -> None:
-    """Give back, before a later step, the units that it will need to meet its target: where layers
-    or sublayers may go, so many finer blocks must be left to cut as outweigh one of those.
+    """Give back, before a later step, the blocks that it will need to meet its target: where layers
+    or sublayers may go, so many finer blocks must be left to cut as outweigh the coarsest of those.
 
     Otherwise a layer that goes last takes too much with it, and what an earlier step has cut cannot
     be given back for it.
     """
-    presences = [chain for chain in removal.chains if chain.members[0].is_presence]
-    finer = [chain for chain in removal.chains if not chain.members[0].is_presence]
-    staying = [chain for chain in presences if chain.removed < len(chain.sizes)]
-    if not staying or not finer:
-        return
-    while gone := [chain for chain in finer if chain.removed]:
-        sizes = removal.sizes
-        coarsest = max(removal.cost(chain, chain.removed, sizes) for chain in staying)
+    while True:
+        sizes, touching = removal.sizes, removal.anatomy.cost.touching
+        costs = [
+            removal.cost(chain, min(chain.removed, len(chain.sizes) - 1), sizes)
+            if len(chain.sizes) else 0
+            for chain in removal.chains
+        ]  # fmt: skip
+        coarsest = max(
+            (cost for chain, cost in zip(removal.chains, costs, strict=True)
+             if chain.members[0].is_presence and not chain.removed), default=0,
+        )  # fmt: skip
+        finer = [c for c, cost in zip(removal.chains, costs, strict=True) if 0 < cost < coarsest]
+        gone = [chain for chain in finer if chain.removed]
+        if not gone:
+            return
         by_layer: dict[int, int] = {}
         for chain in finer:
             least = {key: chain.width - int(chain.sizes.sum()) for key in chain.keys}
-            touching = removal.anatomy.cost.touching
-            all_of_it = touching(chain.keys, sizes)
-            cuttable = all_of_it - touching(chain.keys, {**sizes, **least})
+            whole = touching(chain.keys, sizes)
+            cuttable = whole - touching(chain.keys, {**sizes, **least})
             layer = chain.keys[0][0]
             by_layer[layer] = by_layer.get(layer, 0) + cuttable
         if sum(by_layer.values()) - max(by_layer.values()) >= coarsest:  # one may go with a layer
             return
-        most_important = max(gone, key=lambda chain: float(chain.density[chain.removed - 1]))
-        most_important.removed -= 1
+        max(gone, key=lambda chain: float(chain.density[chain.removed - 1])).removed -= 1

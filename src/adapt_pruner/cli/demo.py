@@ -54,7 +54,7 @@ def command(
     few: dict[str, Any] = {} if windows is None else {"windows": windows}
     settings = make_settings("best", seed=seed, calibration=EMBEDDED, **few)
     again = (output / PRUNING_FILE).is_file()  # replaces results, and nothing else
-    request = Request(model, settings, sparsity, evaluate=text, overwrite=again)
+    request = Request(model, settings, sparsity=sparsity, evaluate=text, overwrite=again)
     with console.ProgressBar(quiet=False) as bar:
         result = run_pruning(request, output, bar)
     console.show_result(result)

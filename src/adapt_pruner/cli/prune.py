@@ -118,3 +118,4 @@ def _prune_to_gguf(requests: list[Request], output: Path, quiet: bool) -> None:
     if not quiet:
         console.show_result(result)
         show_export(exported)
+        click.echo("for a model card and a report, prune to a directory and export from it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,20 @@ class GgufCommands:
 
     @property
     def ollama(self) -> list[str]:
-        """Ollama reads a Modelfile that names the GGUF file."""
-        name = shlex.quote(self._name.lower())
+        """Ollama reads a Modelfile that names the GGUF file. Names of models have letters, digits,
+        dots, hyphens and underscores, and begin with a letter or digit."""
+        name = re.sub(r"[^a-z0-9._-]+", "-", self.file.stem.lower()).strip("._-") or "model"
         line = shlex.quote(f"FROM {self.file.resolve()}")
         return [
-            f"echo {line} > Modelfile",
-            f"ollama create {name} -f Modelfile",
+            f"echo {line} > {name}.Modelfile",
+            f"ollama create {name} -f {name}.Modelfile",
             f"ollama run {name}",
         ]
 
     @property
     def lm_studio(self) -> list[str]:
-        """LM Studio copies the file among its models."""
-        return [f"lms import {shlex.quote(str(self.file))}"]
+        """LM Studio takes a copy of the file among its models; without --copy it would move it."""
+        return [f"lms import --copy {shlex.quote(str(self.file))}"]
 
     @property
     def adapt_pruner(self) -> list[str]:
@@ -47,14 +49,10 @@ class GgufCommands:
         return [f'adapt-pruner run {shlex.quote(str(self.file))} "Once upon a time"']
 
     def by_engine(self) -> dict[str, list[str]]:
-        """All of them by the engine's name."""
+        """All of them by the engine's name, after those of this package."""
         return {
-            "adapt-pruner": self.adapt_pruner,
+            "first look": self.adapt_pruner,
             "llama.cpp": self.llama_cpp,
             "Ollama": self.ollama,
             "LM Studio": self.lm_studio,
         }
-
-    @property
-    def _name(self) -> str:
-        return self.file.stem

@@ -151,9 +151,19 @@ class _FileCost:
         return (self.sizes[layer, QUERY_HEADS] if torch.is_tensor(per_group) else per_group), 1
 
     def _is_fused(self, sizes: Sizes, there: Sequence[int]) -> bool:
-        kinds = (ATTENTION, KV_GROUPS, QUERY_HEADS, MLP, NEURONS)
-        widths = {tuple(sizes.get((layer, kind)) for kind in kinds) for layer in there}
+        """Whether the layers differ in the file, so that an architecture for such layers holds it,
+        and that has one tensor for queries, keys and values."""
+        kinds = (ATTENTION, KV_GROUPS, QUERY_HEADS, MLP)
+        widths = {
+            (*(sizes.get((layer, kind)) for kind in kinds), self._neurons(layer, sizes))
+            for layer in there
+        }
         return self.fused and len(widths) > 1
+
+    def _neurons(self, layer: int, sizes: Sizes) -> Any:
+        """Width of an MLP in the file; sizes that are being tried stand for one that differs."""
+        width = sizes.get((layer, NEURONS), 0)
+        return width if torch.is_tensor(width) else -(-width // self.multiple) * self.multiple
 
     def _outer(self, sizes: Sizes) -> Iterator[Any]:
         for name, parameter in self.outer.items():

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class EmptyCacheLayer(DynamicLayer):
-    """Counts tokens, and stores nothing of them. The first layer of a cache is
-    asked for that number, whether or not it attends."""
+    """Counts tokens, and stores nothing of them. The first layer of a cache is asked for that
+    number, whether or not it attends."""
 
     def get_seq_length(self) -> int:
         return self.keys.shape[-2] if self.keys is not None else 0

@@ -110,7 +110,17 @@ class Place:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
+        with self._lock("journal").held():
+            self._cut_back_journal()
         return JournalStorage(JournalFileBackend(str(self.journal), lock_obj=self._lock("journal")))
+
+    def _cut_back_journal(self) -> None:
+        """Remove a last line that a full disk or a crash has left half-written."""
+        if not self.journal.exists():
+            return
+        with self.journal.open("r+b") as journal:
+            content = journal.read()
+            journal.truncate(content.rfind(b"\n") + 1)
 
     def stored_pool(self, length: int, key: str) -> dict[str, Tensor] | None:
         """The scores of samples of `length` tokens that were stored under a key, if they are there
