@@ -92,8 +92,10 @@ def run_name(arguments) -> str:
     )
 
 
-def run(arguments, changes: dict, seed: int, measure) -> dict:
-    settings = make_settings(arguments.preset, calibration=arguments.data, seed=seed, windows=128)
+def run(arguments, changes: dict, seed: int, measure, settings=None) -> dict:
+    settings = settings or make_settings(
+        arguments.preset, calibration=arguments.data, seed=seed, windows=128
+    )
     common = {"learning_rate": arguments.learning_rate, "repeat": True, "max_loss_spike": None}
     recovery = make_recovery_settings(**{**BASE, **common, **changes})
     request = AccelRequest(

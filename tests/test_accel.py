@@ -17,7 +17,7 @@ from adapt_pruner import find_anatomy, load_calibration, load_model, prune
 from adapt_pruner.errors import (
     InvalidSettings,
 )
-from adapt_pruner.recovery import run, training
+from adapt_pruner.recovery import cutting, training
 from adapt_pruner.recovery.accel import accel
 
 
@@ -187,13 +187,13 @@ def test_cuts_are_calibrated_on_the_training_data_unless_told_otherwise(
 ):
     """The hub, where the default of `prune` lies, is not asked."""
     seen = []
-    original = run.prune
+    original = cutting.prune_to_sizes
 
-    def watch(*args, **kwargs):
-        seen.append(kwargs["calibration"])
-        return original(*args, **kwargs)
+    def watch(work, *args):
+        seen.append(work.calibration)
+        return original(work, *args)
 
-    monkeypatch.setattr(run, "prune", watch)
+    monkeypatch.setattr(cutting, "prune_to_sizes", watch)
     options = {"windows": 4, "window_length": 20, "steps": 3, **TRAINING}
     accel(str(llama), tmp_path / "a", data=str(text_file), tokens=768, sparsity=0.4, **options)
     text = "".join(text_file.read_text().split("\n<|endoftext|>\n"))

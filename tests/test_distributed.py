@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from adapt_pruner import prune
+from adapt_pruner.allocate import masks
 from adapt_pruner.compensate import refit
 from adapt_pruner.data.sampling import Batch
 from adapt_pruner.methods import make_settings
@@ -103,8 +104,8 @@ def alone(request_, tmp_path_factory) -> Path:
     return place
 
 
-def logged(place: Path, what: str) -> list[float]:
-    lines = (place / "training.jsonl").read_text().splitlines()
+def logged(place: Path, what: str, steps: int | None = None) -> list[float]:
+    lines = (place / "training.jsonl").read_text().splitlines()[:steps]
     return [json.loads(line)[what] for line in lines]
 
 
@@ -207,7 +208,7 @@ def pruned(rank: int, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
 
     found = build("llama", torch.float32)
     data = CalibrationData(random_tokens(20, 30), window_length=12, num_windows=8)
-    result = prune(found, sparsity=0.4, calibration=data, steps=2, **options)
+    result = prune(found, sparsity=0.4, calibration=data, **{"steps": 2, **options})
     return found.state_dict(), result.widths_after
 
 
@@ -314,3 +315,36 @@ def test_training_leaves_with_what_it_was_given(tmp_path):
     expected = build("llama", torch.float32).state_dict()
     for found in in_processes(2, work, tmp_path):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def masks_at_one_place(monkeypatch):
+    """Random masks differ from process to process; these are all drawn with one number."""
+    gate = masks.gate
+    monkeypatch.setattr(masks, "gate", lambda a, u: gate(a, torch.full_like(u, 0.02)))
+    monkeypatch.setattr(masks, "TOLERANCE", 1.0)
+
+
+def test_masks_on_two_processes(request_, masks_at_one_place, tmp_path):
+    settings = make_settings(
+        method="sheared-llama", calibration=request_.settings.calibration, window_length=12,
+        mask_share=0.5, device="cpu",
+    )  # fmt: skip
+    request = replace(request_, settings=settings)
+    request = replace(request, recovery=with_training(request, alpha=0.0, phases=None).recovery)
+    run_accel(request, tmp_path / "one")
+    compare(tmp_path / "one", accel(request, tmp_path / "two"))
+    assert logged(tmp_path / "two", "masked/hidden", 6)[-1] > 0
+
+
+def test_masks_of_a_call_by_two_processes(masks_at_one_place, tmp_path):
+    options = {"method": "sheared-llama", "steps": 6}
+
+    def work(rank: int) -> Any:
+        return pruned(rank, group=torch.distributed.group.WORLD, **options)
+
+    (one, _), (two, _) = in_processes(2, work, tmp_path, seconds=60)
+    expected, _ = pruned(0, **options)
+    for name, tensor in expected.items():
+        assert torch.equal(one[name], two[name])
+        torch.testing.assert_close(one[name], tensor, atol=1e-3, rtol=1e-2)

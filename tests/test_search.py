@@ -1,9 +1,8 @@
-"""A search tells models apart without cutting them, goes on where it stopped, and its recipe makes
-the model that it found."""
+"""Whole searches: they go on where they stopped, refuse what makes no sense, and their recipe makes
+the model that they found."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -13,12 +12,8 @@ import sys
 import time
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 from adapt_pruner import search
-from adapt_pruner.api import prune
-from adapt_pruner.data import CalibrationData
 from adapt_pruner.errors import (
     CalibrationError,
     EvaluationError,
@@ -26,19 +21,9 @@ from adapt_pruner.errors import (
     NonFiniteError,
     WritingError,
 )
-from adapt_pruner.methods import build_settings, make_settings
-from adapt_pruner.methods.ada_pruner import TERMS, sample_pool
-from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.score.collect import collect
-from adapt_pruner.score.observers import Fisher
-from adapt_pruner.searching.measuring import Validation, masked
 from adapt_pruner.searching.place import Place
-from adapt_pruner.searching.pool import Pool, choose, grouped, score_pool
-from adapt_pruner.searching.request import SearchSettings
-from adapt_pruner.searching.space import OneOf, Range, make_space, parse_space
 from adapt_pruner.searching.trials import Bench
 from conftest import WORDS
-from picomodels import build, random_tokens
 
 pytest.importorskip("optuna")
 
@@ -46,7 +31,6 @@ SMALL = {
     "windows": 4, "window_length": 16, "pool": 20, "groups": 3, "draws": 4,
     "validation_window": 16, "validation_windows": 8,
 }  # fmt: skip
-SAMPLES = (1, 4, 5, 11)
 
 
 @pytest.fixture(scope="module")
@@ -59,159 +43,10 @@ def validation_file(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(tokenizer):
-    """Of a random model; made by hand, so that each part can be looked at."""
-    return make_bench("llama", tokenizer)
-
-
-def make_bench(model_type, tokenizer, **values):
-    model = build(model_type, torch.float32)
-    anatomy = find_anatomy(model)
-    settings = make_settings(method="ada-pruner", windows=4, window_length=16, pool=12, **values)
-    how = SearchSettings(groups=2, draws=2, validation_window=16, validation_windows=6)
-    calibration = CalibrationData(random_tokens(20, 30), 16, 4)
-    texts = [" ".join(random.Random(2).choices(WORDS, k=80))]
-    bench = Bench(
-        model, tokenizer, anatomy, int(0.8 * anatomy.total_parameters), settings, how,
-        make_space(settings, how, {}), calibration, Validation(model, tokenizer, texts, how),
-    )  # fmt: skip
-    axes = anatomy.of_kinds({"neurons", "kv-groups"})
-    bench.pool = score_pool(model, anatomy, axes, sample_pool(calibration, settings.pool))
-    return bench
-
-
-# --- what is told without a cut ----------------------------------------------------------------
-
-
-def test_recombined_scores_equal_a_pass_over_the_chosen_windows(bench):
-    axes = bench.anatomy.of_kinds({"neurons", "kv-groups"})
-    found = bench.pool.terms(SAMPLES)
-    windows_BT = bench.pool.windows_PT[list(SAMPLES)]
-    with collect(bench.model, bench.anatomy, windows_BT, [Fisher()], axes=axes) as statistics:
-        for name in ("coarse", "second"):
-            for axis in axes:
-                torch.testing.assert_close(found[name][axis.key], TERMS[name](axis, statistics))
-    other = bench.pool.terms((0, 2, 3, 6))
-    assert not torch.allclose(other["coarse"][0, "neurons"], found["coarse"][0, "neurons"])
-
-
-def test_a_stored_pool_is_the_same(bench):
-    again = Pool.of_tensors(bench.pool.tensors())
-    assert again.sums.keys() == bench.pool.sums.keys()
-    for name, of_axes in again.terms(SAMPLES).items():
-        for key, score_U in of_axes.items():
-            assert torch.equal(score_U, bench.pool.terms(SAMPLES)[name][key])
-
-
-@pytest.mark.parametrize(
-    ("model_type", "values"),
-    [
-        ("llama", {}),
-        ("llama", {"alpha_coarse": 0.0, "compensation": "refit"}),
-        ("phi3", {"allocation": "global"}),  # fused projections
-        ("olmo2", {}),  # a norm over all heads: it must be cut to be told
-    ],
-)
-def test_a_trial_tells_the_perplexity_of_the_cut_model(model_type, values, tokenizer):
-    bench = make_bench(model_type, tokenizer, **values)
-    before = {k: v.clone() for k, v in bench.model.state_dict().items()}
-    settings = build_settings(bench.settings, samples=SAMPLES)
-    told = list(bench.values_of(settings))
-    for name, tensor in bench.model.state_dict().items():
-        assert torch.equal(tensor, before[name]), "a trial must leave the model as it was"
-    prune(bench.model, params=bench.target, calibration=bench.calibration, settings=settings)
-    assert bench.model.num_parameters() <= bench.target
-    assert told[-1] == pytest.approx(bench.validation.measure(bench.model), rel=1e-5)
-    assert len(told) == 4
-    assert len(set(told)) > 1, "the parts of the text grow"
-
-
-def test_a_mask_is_taken_off_when_a_trial_fails(bench):
-    before = {k: v.clone() for k, v in bench.model.state_dict().items()}
-    axes = bench.anatomy.of_kinds({"neurons", "kv-groups"})
-    keep = bench.keep(build_settings(bench.settings, samples=SAMPLES))
-    with contextlib.suppress(NonFiniteError), masked(axes, keep):
-        down = bench.model.model.layers[0].mlp.down_proj.weight
-        assert (down[:, ~keep[0, "neurons"]] == 0).all()
-        raise NonFiniteError
-    assert all(torch.equal(v, before[k]) for k, v in bench.model.state_dict().items())
-
-
-@torch.no_grad()
-def test_the_divergence_is_that_of_the_definition(bench):
-    how = SearchSettings(objective="kl", validation_window=16, validation_windows=6)
-    texts = [" ".join(random.Random(3).choices(WORDS, k=60))]
-    kl = Validation(bench.model, bench.tokenizer, texts, how)
-    assert kl.measure(bench.model) == pytest.approx(0, abs=1e-6)
-    tokens = torch.tensor([ids for ids, _ in kl.windows])
-    dense = bench.model(tokens).logits.log_softmax(-1)
-    bench.model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
-    other = bench.model(tokens).logits.log_softmax(-1)
-    expected = F.kl_div(other, dense, reduction="sum", log_target=True) / tokens.numel()
-    assert kl.measure(bench.model) == pytest.approx(float(expected), rel=1e-3)
-
-
-# --- samples and space -------------------------------------------------------------------------
-
-
-def test_groups_give_samples_by_their_weights():
-    group_P = torch.tensor([0] * 10 + [1] * 10 + [2] * 10)
-    by_group = [sum(i // 10 == g for i in choose(group_P, [1, 1, 0], 0, 5)) for g in range(3)]
-    assert by_group == [3, 2, 0]
-    assert len(choose(group_P, [0, 0, 0], 1, 7)) == 7
-    assert len(set(choose(group_P, [1, 0, 0], 1, 14))) == 14, "a group runs out"
-    assert choose(group_P, [1, 1, 1], 0, 6) != choose(group_P, [1, 1, 1], 1, 6)
-
-
-@pytest.mark.parametrize("describe", ["hidden", "loss"])
-def test_groups_are_alike_inside(describe):
-    torch.manual_seed(0)
-    kind_P = torch.arange(30) % 3
-    hidden_PD = torch.randn(30, 4) * 0.1 + 10 * F.one_hot(kind_P, 4)
-    pool = Pool(torch.zeros(30, 2), {}, {}, loss_P=kind_P + torch.rand(30), hidden_PD=hidden_PD)
-    assert torch.equal(grouped(pool, describe, 3, seed=0), kind_P)
-
-
-def test_a_space_is_made_of_lists_and_ranges():
-    settings = make_settings(method="ada-pruner")
-    space = parse_space({"windows": {"low": 5, "high": 20}, "allocation": ["even", "global"],
-                         "ridge": {"low": 1e-3, "high": 0.1, "log": True}}, settings)  # fmt: skip
-    assert space["windows"] == Range(5, 20, whole=True)
-    assert space["allocation"] == OneOf(("even", "global"))
-    assert space["ridge"].grid() == pytest.approx([1e-3, 1e-2, 0.1])
-
-
-def test_a_grid_that_is_too_large_is_refused():
-    with pytest.raises(InvalidSettings, match="has 944,784 points"):
-        make_space(make_settings(method="ada-pruner"), SearchSettings(sampler="grid"), {})
-
-
-@pytest.mark.parametrize(
-    ("section", "said"),
-    [
-        ({"windows": 10}, "must be a list"),
-        ({"windows": {"low": 9, "high": 3}}, "must be a list"),
-        ({"ridge": {"low": 0.0, "high": 1.0, "log": True}}, "must be a list"),
-        ({"windws": [1, 2]}, "Did you mean 'windows'"),
-        ({"window_length": [128, 256]}, "all trials share it"),
-        ({"alpha_fine": [0.5, 2.0]}, "alpha_fine"),
-        ({}, "search space is empty"),
-        ({"ridge": [0.01]}, "search space is empty"),
-    ],
-)
-def test_a_space_that_is_none_is_refused(section, said):
-    with pytest.raises(InvalidSettings, match=said):
-        make_space(make_settings(method="ada-pruner"), SearchSettings(over="none"), section)
-
-
-# --- whole searches ----------------------------------------------------------------------------
-
-
-@pytest.fixture
 def run(llama, text_file, validation_file, tmp_path):
     def run(output="out", **values):
         values = {"calibration": str(text_file), "validation": str(validation_file), **values}
-        return search(str(llama), tmp_path / output, sparsity=0.3, **{**SMALL, **values})
+        return search(str(llama), tmp_path / output, **{"sparsity": 0.3, **SMALL, **values})
 
     return run
 
@@ -272,6 +107,67 @@ def test_a_database_holds_a_study_of_another_objective(run, tmp_path):
     assert not (tmp_path / "out" / "study" / "journal.log").exists()
     with pytest.raises(InvalidSettings, match="another search: objective differ"):
         run("other", trials=3, **{**values, "objective": "perplexity"})
+
+
+def test_several_objectives_leave_a_front_of_sizes(run, cli, tmp_path):
+    space = {"sparsity": {"low": 0.1, "high": 0.5}, "window_length": [8, 16]}
+    values = {"objective": "perplexity,parameters,bytes,latency", "prompt_tokens": 8}
+    found = run(
+        trials=6, sparsity=None, space=space, new_tokens=2, layer_spread=0.4, **values
+    )  # fmt: skip
+    assert all(trial["state"] == "complete" for trial in found.trials)
+    done = [trial["objectives"] for trial in found.trials]
+    for one in found.front:
+        assert not any(all(other[k] < one[k] for k in other) for other in done)
+    assert found.objectives["parameters"] == found.result.after.total
+    assert found.objectives["bytes"] == 4 * found.objectives["parameters"]
+    assert found.objectives["latency"] > 0
+    assert len({one["parameters"] for one in done}) > 2
+    assert found.value == pytest.approx(found.trials[found.best]["value"], rel=1e-4)
+    assert len(found.settings.layer_weights) == 3
+
+    out = tmp_path / "out"
+    assert (out / "pictures" / "front.svg").stat().st_size > 1000
+    assert "nearest" in json.loads((out / "study.json").read_text())["rule"]
+    page = (out / "report.html").read_text()
+    assert "Pareto front" in page
+    done = cli("prune", "--recipe", out / "recipe.yaml", "-o", tmp_path / "again", "-q")
+    assert done.status == 0, done.err
+    weights = [place / "model.safetensors" for place in (out, tmp_path / "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    with pytest.raises(InvalidSettings, match="no other size"):
+        run("other", sparsity=0.3, space=space, **values)
+
+
+def test_a_text_that_no_trial_saw_and_samples_by_source(
+    run, cli, documents, validation_file, tmp_path
+):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for name, part in (("a", documents[::3]), ("b", documents[1::3])):
+        lines = (json.dumps({"text": text}) + "\n" for text in part)
+        (pool / f"{name}.jsonl").write_text("".join(lines))
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("a document that neither of the other texts has")
+    found = run(trials=2, calibration=str(pool), heldout=str(heldout), describe="source", groups=2)
+    assert found.heldout.keys() == {"dense", "value"}
+    for sample in found.samples:
+        assert sample["source"].endswith(f"{'ab'[sample['group']]}.jsonl")
+    assert "neither" not in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(CalibrationError, match=r"held-out text .* overlaps with the validation"):
+        run("other", calibration=str(pool), heldout=str(validation_file))
+
+
+def test_a_study_without_trials_belongs_to_any_search(run):
+    with pytest.raises(CalibrationError, match="to be chosen"):
+        run(windows=50, pool=100)
+    assert len(run(trials=1, objective="perplexity,bytes").trials) == 1
+
+
+def test_a_grid_ends_when_all_of_it_is_tried(run):
+    values = {"over": "none", "sampler": "grid", "space": {"alpha_coarse": [0.1, 0.9]}}
+    assert len(run(trials=5, **values).trials) == 2
+    assert len(run(trials=5, **values).trials) == 2
 
 
 def test_overlapping_validation_text_is_refused(run, text_file):

@@ -53,6 +53,10 @@ class NonFiniteError(AdaptPrunerError, ArithmeticError):
     """A loss, gradient or activation is NaN or infinite."""
 
 
+class NotConverged(AdaptPrunerError, ArithmeticError):
+    """A training has not brought about what it was for."""
+
+
 class Interrupted(AdaptPrunerError):
     """The user stopped a run; says what is kept."""
 

@@ -23,6 +23,7 @@ from .settings import PruneSettings
 PROGRAM = 400_000_000
 """Bytes that Python takes with torch and transformers loaded."""
 EARLIER_SUMS = "Gram matrices of earlier steps"
+TRAINING = "gradients and moments of weights in training"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def make_plan(
     outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)
     memory = _memory(anatomy, settings, outline.observers, dtype, device)
+    if outline.trains_weights:
+        memory[TRAINING] = 3 * memory["weights"]
     starts = [anatomy.amount, *outline.sizes[:-1]][: len(outline.sizes)]
     flops = sum(
         _step_flops(anatomy, settings, outline.observers, size / anatomy.amount) for size in starts

@@ -149,8 +149,7 @@ def _prune(
     tokenizer = _tokenizer_to_plan(request)
     plans = [make_plan(empty, settings, one, tokenizer=tokenizer) for one in requests]
     targets = [plan.target for plan in plans]
-    stored = stored_dtype(empty)
-    written = stored or torch.float32 if settings.dtype == "auto" else _dtype(request, empty)
+    stored, written = stored_dtype(empty), written_dtype(settings, empty)
     for check, plan in zip(checks, plans, strict=True):
         check(plan.most_parameters * written.itemsize)
     texts = None
@@ -211,6 +210,13 @@ def stored_dtype(model: Any) -> torch.dtype | None:
     """The precision that the model's configuration states."""
     dtype = getattr(model.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def written_dtype(settings: PruneSettings, model: Any) -> torch.dtype:
+    """The precision in which a checkpoint will hold the weights."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return stored_dtype(model) or torch.float32
 
 
 def store_as(model: Any, dtype: torch.dtype) -> None:

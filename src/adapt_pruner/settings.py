@@ -46,10 +46,16 @@ class OneOf:
     """A name from a table that other packages may add to."""
 
     table: Mapping[str, Any]
+    more: tuple[str, ...] = ()
+    """Names that one setting knows besides."""
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.more, *self.table]
 
     def __call__(self, name: str) -> str:
-        if name not in self.table:
-            raise ValueError(f"there is no {shown(name)}{_hint(name[:100], self.table)}")
+        if name not in self.names:
+            raise ValueError(f"there is no {shown(name)}{_hint(name[:100], self.names)}")
         return name
 
 

@@ -24,6 +24,7 @@ from .parameters import (
     Count,
     Integers,
     Names,
+    Numbers,
     Several,
 )
 
@@ -115,15 +116,18 @@ def _option(name: str, info: FieldInfo) -> click.Option:
 def _type(name: str, kind: Any, info: FieldInfo) -> Any:
     if name == "method":
         return Choice(list(METHODS))
-    table = next((of.table for of in info.metadata if isinstance(of, OneOf)), None)
+    table = next((of for of in info.metadata if isinstance(of, OneOf)), None)
     if table is not None:
-        return Choice(list(table))
+        return Choice(table.names)
     if get_origin(kind) is Literal:
         return Choice([str(choice) for choice in get_args(kind)])
     if get_origin(kind) is tuple:
         of = get_args(kind)[0]
         tables = [table for table in getattr(of, "__metadata__", ()) if isinstance(table, OneOf)]
-        return Names(tables[0].table) if tables else Integers()
+        of = _without_none(of)
+        if tables or get_origin(of) is Literal:
+            return Names(tables[0].names if tables else get_args(of))
+        return Numbers(distinct=False) if of is float else Integers()
     if isinstance(kind, type) and issubclass(kind, Enum):
         return Choice([member.value for member in kind])
     return kind

@@ -114,9 +114,12 @@ class Integers(click.ParamType):
 
 
 class Numbers(click.ParamType):
-    """Numbers separated by commas."""
+    """Numbers separated by commas; where they must differ, what is said again counts once."""
 
     name = "numbers"
+
+    def __init__(self, distinct: bool = True):
+        self.distinct = distinct
 
     def convert(self, value: Any, param, ctx) -> tuple[float, ...]:
         try:
@@ -129,7 +132,7 @@ class Numbers(click.ParamType):
                 param,
                 ctx,
             )
-        return tuple(dict.fromkeys(numbers))
+        return tuple(dict.fromkeys(numbers)) if self.distinct else numbers
 
 
 class Names(click.ParamType):

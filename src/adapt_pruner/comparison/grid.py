@@ -17,7 +17,7 @@ from ..checkpoint import check_place, save_result
 from ..claims import claimed
 from ..data import CalibrationData
 from ..data.calibration import load_documents
-from ..errors import InvalidSettings, LoadingError, NonFiniteError, shown
+from ..errors import InvalidSettings, LoadingError, NonFiniteError, NotConverged, shown
 from ..evaluation import Evaluation, ResultStore, Score, code, evaluate, fingerprint
 from ..evaluation.store import Record
 from ..evaluation.subject import Subject
@@ -41,7 +41,7 @@ def compare(
     """Prune and measure what the store does not hold yet, and return all of it.
 
     The seeds run one after the other, so that the whole table is there early. A method that fails
-    with NaN leaves its cell empty, and the others go on.
+    with NaN, or whose training does not converge, leaves its cell empty, and the others go on.
 
     Raises:
         AdaptPrunerError: before anything is pruned, if a target cannot be reached, a setting does
@@ -134,7 +134,7 @@ class _Runner:
             except _OtherWeights as other:
                 known, model = other.record, other.model
                 found = self.measure(model)
-        except NonFiniteError as error:
+        except (NonFiniteError, NotConverged) as error:
             target = self.targets[cell.variant, cell.sparsity]
             return CellResult(cell, target, 0.0, [], error=str(error))
         cached = model is None and found.num_cached == len(found.records)

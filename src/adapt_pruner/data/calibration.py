@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,9 +112,22 @@ def load_documents(
     vocab_size: int | None = None,
 ) -> list[Tensor]:
     """Read and tokenise the documents of a source, 1-D int32 each. See `load_calibration`."""
-    texts = islice(read_documents(source, text_column, seed), max_documents)
-    documents = list(_tokenise(texts, tokenizer))
-    largest = max((int(tokens.max()) for tokens in documents), default=0)
+    found = sourced_documents(source, tokenizer, text_column, max_documents, seed, vocab_size)
+    return [tokens for tokens, _ in found]
+
+
+def sourced_documents(
+    source: str,
+    tokenizer: Any,
+    text_column: str = "text",
+    max_documents: int = 10_000,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> list[tuple[Tensor, str]]:
+    """The same documents, each with what it comes from: see `Record.source`."""
+    rows = islice(_read(source, text_column, seed), max_documents)
+    documents = list(_tokenise(rows, tokenizer))
+    largest = max((int(tokens.max()) for tokens, _ in documents), default=0)
     if vocab_size is not None:
         check_vocabulary(largest, vocab_size)
     return documents
@@ -129,36 +142,44 @@ def check_vocabulary(largest_token: int, vocab_size: int) -> None:
         )
 
 
-def _tokenise(texts: Iterable[str], tokenizer: Any) -> Iterator[Tensor]:
-    texts = iter(texts)
-    while batch := list(islice(texts, 256)):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+def _tokenise(rows: Iterable[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[Tensor, str]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, 256)):
+        all_ids = tokenizer([text for text, _ in batch], verbose=False)["input_ids"]
+        for ids, (_, source) in zip(all_ids, batch, strict=True):
             if ids:
-                yield torch.tensor(ids, dtype=torch.int32)
+                yield torch.tensor(ids, dtype=torch.int32), source
 
 
 def read_documents(source: str, text_column: str = "text", seed: int = 0) -> Iterator[str]:
     """Yield the documents of a source in a seeded random order. See `load_calibration`."""
+    return (text for text, _ in _read(source, text_column, seed))
+
+
+def _read(source: str, text_column: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Each document with what it comes from."""
     try:
         path = None if source == EMBEDDED else local_path(source)
         files = files_in(path) if path is not None else []
         if source == EMBEDDED:
-            yield from _shuffled(list(pydocs.documents("train")), seed)
+            texts = list(pydocs.documents("train"))
+            yield from ((text, EMBEDDED) for text in _shuffled(texts, seed))
         elif files and all(file.suffix == ".txt" for file in files):
             rows = chain.from_iterable(map(local_rows, files))
-            yield from _shuffled([row.values["text"] for row in rows], seed)
+            yield from _shuffled([(row.values["text"], row.source) for row in rows], seed)
         else:
             yield from _texts(read_rows(source, seed=seed), source, text_column)
     except DataError as error:
         raise CalibrationError(str(error)) from error
 
 
+T = TypeVar("T")
 FRUITLESS_ROWS = 1_000
 """Rows without the column of the text, after which there is none; single rows may lack it."""
 
 
-def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[str]:
-    """What the column of the text holds, blank texts left out."""
+def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[tuple[str, str]]:
+    """What the column of the text holds, blank texts left out, and what it comes from."""
     is_known, lacking = False, None
     for number, row in enumerate(rows, 1):
         text = row.values.get(column)
@@ -174,7 +195,7 @@ def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[str]:
         if lacking and not is_known and number == FRUITLESS_ROWS:
             break
         if text and text.strip():
-            yield text
+            yield text, row.source
     if lacking and not is_known:
         has = ", ".join(sorted(map(str, lacking.values))[:20]) or "none"
         raise DataError(
@@ -182,6 +203,6 @@ def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[str]:
         )
 
 
-def _shuffled(items: list[str], seed: int) -> list[str]:
+def _shuffled(items: list[T], seed: int) -> list[T]:
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
     return [items[i] for i in order.tolist()]

@@ -39,6 +39,12 @@ class Record:
     values: dict[str, Any]
     place: str
 
+    @property
+    def source(self) -> str:
+        """What its column `source` says it comes from, or else the file or data set."""
+        said = self.values.get("source")
+        return said if isinstance(said, str) and said else self.place.rsplit(" ", 2)[0].strip("'")
+
 
 def local_path(path: str) -> Path | None:
     """The file or directory of this name, or None where it can only be a data set on the hub.

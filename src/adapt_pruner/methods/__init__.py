@@ -9,7 +9,17 @@ from ..errors import InvalidSettings, near_match
 from ..model.anatomy import Anatomy
 from ..registry import Registry
 from ..settings import PruneSettings, build
-from . import ada_pruner, adapt_pruner, baselines, depth, flap, llm_pruner, minitron, slicegpt
+from . import (
+    ada_pruner,
+    adapt_pruner,
+    baselines,
+    depth,
+    flap,
+    llm_pruner,
+    minitron,
+    sheared_llama,
+    slicegpt,
+)
 from .base import Limits as Limits
 from .base import Method as Method
 from .base import PruningStep as PruningStep
@@ -30,6 +40,7 @@ METHODS: Registry[Method] = Registry(
         "minitron": minitron.METHOD,
         "slicegpt": slicegpt.METHOD,
         "ada-pruner": ada_pruner.METHOD,
+        "sheared-llama": sheared_llama.METHOD,
     },
 )
 """Other packages add to it: a `Method` as an entry point of the group `adapt_pruner.methods`."""

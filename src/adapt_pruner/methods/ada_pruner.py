@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from ..allocate.chains import Limits, Removal, Scores, build_chains
@@ -20,16 +20,16 @@ from ..allocate.schedules import AdaptiveSchedule
 from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
 from ..data import CalibrationData
-from ..errors import CalibrationError, InvalidSettings
+from ..errors import CalibrationError, InvalidSettings, shown
 from ..limits import Length, Ridge, Sample, Share, Weight, Windows
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey
 from ..model.edits import Cut
 from ..score.collect import Statistics, collect
 from ..score.distance import LayerDistance, normalise
-from ..score.importance import taylor, taylor_second, taylor_vector
+from ..score.importance import IMPORTANCES, taylor, taylor_second, taylor_vector
 from ..score.observers import Fisher, Gram, Observer
-from ..settings import PruneSettings
+from ..settings import OneOf, PruneSettings
 from .base import Method, Outline, PruningStep, Work, limits_of
 
 CAN_CUT = frozenset({"neurons", "kv-groups", "query-heads"})
@@ -58,6 +58,10 @@ PRESETS = {
 }
 
 
+WEIGHTED = "weighted"
+_importance = OneOf(IMPORTANCES, (WEIGHTED,))
+
+
 class AdaPrunerSettings(PruneSettings):
     """Settings of AdaPruner. The defaults are LLM-Pruner's choice of samples: ten at random."""
 
@@ -80,6 +84,14 @@ class AdaPrunerSettings(PruneSettings):
     window_length: Annotated[
         Length, Field(description="Tokens per sample; shorter documents are left out.")
     ] = 128
+    importance: Annotated[
+        str,
+        AfterValidator(_importance),
+        _importance,
+        Field(
+            description="Score of a unit: the terms that the alphas weigh, or one of the library's."
+        ),
+    ] = WEIGHTED
     alpha_coarse: Annotated[
         Share, Field(description="Weight of the vector-wise importance (alpha 1).")
     ] = 0.5
@@ -107,6 +119,14 @@ class AdaPrunerSettings(PruneSettings):
             "ranking of importance per parameter over all layers."
         ),
     ] = "even"
+    layer_weights: Annotated[
+        tuple[Weight, ...],
+        Field(
+            max_length=10_000,
+            description="What each layer gives up compared to the others, with commas: 2 is twice "
+            "the share of 1 (--allocation even).",
+        ),
+    ] = ()
     compensation: Annotated[
         Literal["none", "refit"],
         Field(description="Refit output projections on the units that stay, in closed form."),
@@ -123,6 +143,7 @@ def ada_pruner(work: Work) -> Iterator[PruningStep]:
     anatomy = work.anatomy()
     limits = limits_of(settings, anatomy, CAN_CUT)
     check_reachable(anatomy, target, limits)
+    _check_weights(settings, anatomy)
     if anatomy.amount <= target:
         yield PruningStep(0, anatomy, target=target)
         return
@@ -134,8 +155,8 @@ def ada_pruner(work: Work) -> Iterator[PruningStep]:
         on_progress=work.progress_of(len(windows_BT)),
     ) as statistics:  # fmt: skip
         collected = time.perf_counter()
-        scores = combine(terms_of(axes, statistics), settings)
-        keep = work.decide(keep_masks(anatomy, scores, target, limits, settings.allocation))
+        scores = scores_of(axes, statistics, settings)
+        keep = work.decide(keep_masks(anatomy, scores, target, limits, settings))
         if settings.compensation == "refit":
             refit_outputs(axes, keep, statistics[Gram])
         anatomy = work.apply(Cut(keep))
@@ -186,8 +207,8 @@ def check_enough(size: int, wanted: int, length: int) -> None:
     """Raise CalibrationError if a pool has fewer samples than are to be chosen."""
     if size < wanted:
         raise CalibrationError(
-            f"The calibration text has {size} samples of at least {length} tokens, and {wanted} "
-            "are to be chosen. Use more text, a smaller --window-length, or fewer --windows."
+            f"The pool has {size} samples of at least {length} tokens, and {wanted} are to be "
+            "chosen. Use more text, a larger --pool, a smaller --window-length, or fewer --windows."
         )
 
 
@@ -196,6 +217,16 @@ def terms_of(axes: Sequence[Axis], statistics: Statistics) -> dict[str, Scores]:
     return {
         name: {axis.key: term(axis, statistics) for axis in axes} for name, term in TERMS.items()
     }
+
+
+def scores_of(
+    axes: Sequence[Axis], statistics: Statistics, settings: AdaPrunerSettings
+) -> dict[AxisKey, Tensor]:
+    """(U,) per axis, by the importance that the settings name."""
+    if settings.importance == WEIGHTED:
+        return combine(terms_of(axes, statistics), settings)
+    score = IMPORTANCES[settings.importance].score
+    return {axis.key: score(axis, statistics, settings.seed) for axis in axes}
 
 
 def combine(terms: Mapping[str, Scores], settings: AdaPrunerSettings) -> dict[AxisKey, Tensor]:
@@ -222,29 +253,53 @@ def combine(terms: Mapping[str, Scores], settings: AdaPrunerSettings) -> dict[Ax
 
 
 def keep_masks(
-    anatomy: Anatomy, scores: Scores, target: int, limits: Limits, allocation: str
+    anatomy: Anatomy, scores: Scores, target: int, limits: Limits, settings: AdaPrunerSettings
 ) -> dict[AxisKey, Tensor]:
     """(U,) bool per axis that loses units: what meets the target by the allocation named."""
     removal = Removal(anatomy, build_chains(anatomy, scores, limits))
-    if allocation == "global":
+    if settings.allocation == "global":
         remove_ranked(removal, target)
-    else:  # every layer alike, as Adapt-Pruner's rule without its amplitude
-        AdaptiveSchedule(anatomy, steps=1, amplitude=0.0).advance(
-            removal, target, [0.0] * len(anatomy.layers), limits.uniform
-        )
+    else:  # Adapt-Pruner's rule, with the weights in the place of layer importance
+        weights = settings.layer_weights or [1.0] * len(anatomy.layers)
+        spared = [1 - weight / max(weights) for weight in weights]
+        schedule = AdaptiveSchedule(anatomy, steps=1, amplitude=1.0)
+        while not schedule.advance(removal, target, spared, limits.uniform):
+            pass
     return removal.keep_masks(scores)
 
 
 def _observers(settings: AdaPrunerSettings) -> list[Observer]:
-    refit = [Gram(settings.ridge)] if settings.compensation == "refit" else []
-    return [LayerDistance(), Fisher(), *refit]
+    needs = [Fisher]
+    if settings.importance != WEIGHTED:
+        needs = list(IMPORTANCES[settings.importance].needs)
+    if settings.compensation == "refit" and Gram not in needs:
+        needs.append(Gram)
+    made = [Gram(settings.ridge) if kind is Gram else kind() for kind in needs]
+    return [LayerDistance(), *made]
+
+
+def _check_weights(settings: AdaPrunerSettings, anatomy: Anatomy) -> None:
+    weights, count = settings.layer_weights, len(anatomy.layers)
+    if not weights:
+        return
+    if len(weights) != count or not any(weights):
+        raise InvalidSettings(
+            f"layer_weights: the model has {count} layers, each of which needs a weight, one of "
+            f"them above 0; got {shown(list(weights))}."
+        )
+    if settings.allocation != "even" or settings.layout == "uniform":
+        raise InvalidSettings(
+            "layer_weights say what each layer gives up, so they need --allocation even and "
+            f"--layout per-layer; got {settings.allocation} and {settings.layout}."
+        )
 
 
 def outline(settings: AdaPrunerSettings, anatomy: Anatomy, target: int) -> Outline:
     check_reachable(anatomy, target, limits_of(settings, anatomy, CAN_CUT))
+    _check_weights(settings, anatomy)
     coarse = settings.alpha_coarse * settings.factor_coarse
     fine = settings.alpha_fine * max(settings.factor_first, settings.factor_second)
-    if coarse == fine == 0:
+    if coarse == fine == 0 and settings.importance == WEIGHTED:
         raise InvalidSettings(
             "The alphas and factors make every importance 0, which ranks nothing; got alpha_coarse "
             f"{settings.alpha_coarse:g}, alpha_fine {settings.alpha_fine:g}. Raise one of them."

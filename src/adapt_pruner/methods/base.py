@@ -38,6 +38,8 @@ class Work:
     """Called before an edit changes the model."""
     resource: Resource = PARAMETERS
     """What the targets limit."""
+    masks: Any = None
+    """Trained `Masks`, for a method that cuts by them; None: it trains its own."""
     group: Any = None
     """Processes that prune the same model and share the calibration windows; None: this one."""
 
@@ -95,7 +97,9 @@ class Outline:
     observers: list[Observer] = field(default_factory=list)
     """Of every step."""
     tuned_tokens: int = 0
-    """That the model is run over forward and backward after the last step."""
+    """That the model is run over forward and backward besides the steps."""
+    trains_weights: bool = False
+    """Whether all weights have gradients and an optimizer's moments meanwhile."""
 
 
 def _no_size(settings: PruneSettings, anatomy: Anatomy) -> int | None:

@@ -13,65 +13,37 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..allocate.chains import Scores
-from ..allocate.shapes import SHAPE_NAMES, Shape, ShapeLimits, Shapes, keep_of, parse_shape
-from ..errors import InvalidSettings, NonFiniteError
-from ..limits import Rounds, ShareBelowOne, Windows
+from ..allocate.shapes import Shape, keep_of
+from ..errors import NonFiniteError
+from ..limits import Rounds, Windows
 from ..model.anatomy import Anatomy
-from ..model.axes import CUTS, HIDDEN, LAYERS, Axis, AxisKey
+from ..model.axes import HIDDEN, LAYERS, Axis, AxisKey
 from ..model.edits import Cut, Keep
 from ..score.collect import collect
 from ..score.distance import LayerDistance, normalise
 from ..score.observers import Observer, projections, watch
-from ..settings import CutName, PruneSettings
+from ..settings import with_defaults
 from .base import Method, Outline, PruningStep, Work
-
-CAN_CUT = frozenset({"neurons", "kv-groups", "query-heads", "hidden", "layers"})
-
-
-def _checked(text: str) -> str:
-    parse_shape(text)
-    return text
+from .shaped import CAN_CUT, ShapedSettings, shapes_for, size_of_shape
 
 
-class MinitronSettings(PruneSettings):
+class MinitronSettings(with_defaults(ShapedSettings, "minitron", windows=1024)):
     """Settings of Minitron, with the published values as defaults."""
 
-    method: Annotated[Literal["minitron"], Field(description="Pruning method.")] = "minitron"
-    cut: Annotated[
-        tuple[CutName, ...],
-        Field(min_length=1, description="What the search may cut; neurons have to be among it."),
-    ] = ("neurons", "query-heads", "hidden", "layers")
-    layout: Annotated[Literal["uniform"], Field(description="All layers stay alike.")] = "uniform"
-    windows: Annotated[Windows, Field(description="Calibration windows.")] = 1024
-    shape: Annotated[
-        str,
-        AfterValidator(_checked),
-        Field(
-            description="Sizes to cut to, some or all of " + ", ".join(SHAPE_NAMES) + ", such as "
-            "hidden=512,layers=24; those not named are searched, and the MLP width meets the "
-            "target.",
-        ),
-    ] = ""
     candidates: Annotated[
         Rounds, Field(description="Shapes that are tried, spread over all that are possible.")
     ] = 10
     search_windows: Annotated[
         Windows, Field(description="Calibration windows on which each of them is measured.")
     ] = 128
-    max_width_pruning: Annotated[
-        ShareBelowOne, Field(description="Share of a width that the search may cut.")
-    ] = 0.4
-    max_depth_pruning: Annotated[
-        ShareBelowOne, Field(description="Share of the layers that the search may drop.")
-    ] = 0.2
 
 
 class ActivationNorms(Observer):
@@ -169,7 +141,7 @@ def minitron(work: Work) -> Iterator[PruningStep]:
     if anatomy.amount <= target:
         yield PruningStep(0, anatomy, target=target)
         return
-    shapes = _shapes(settings, anatomy, target)
+    shapes = shapes_for(settings, anatomy, target)
     began = time.perf_counter()
     windows_BT = work.calibration.draw(0)
     axes = anatomy.of_kinds(shapes.whole)
@@ -220,39 +192,11 @@ def _observers() -> tuple[ActivationNorms, LayerDistance]:
     return ActivationNorms(), LayerDistance()
 
 
-def _shapes(settings: MinitronSettings, anatomy: Anatomy, target: int) -> Shapes:
-    """Raises unless the settings fit the model, and some shape meets the target."""
-    for name in settings.cut:
-        if name not in CAN_CUT:
-            raise InvalidSettings(f"cut: minitron cuts {', '.join(sorted(CAN_CUT))}; got {name}.")
-    if "neurons" not in settings.cut:
-        raise InvalidSettings(
-            "cut: minitron meets the target with the MLP width; got "
-            f"{', '.join(settings.cut)}. Add neurons."
-        )
-    if settings.protect_layers:
-        raise InvalidSettings(
-            "minitron cuts every layer alike, so protect_layers must be empty; got "
-            f"{list(settings.protect_layers)}."
-        )
-    limits = ShapeLimits(
-        frozenset(kind for name in settings.cut for kind in CUTS[name]),
-        settings.shape,
-        settings.multiple,
-        settings.max_width_pruning,
-        settings.max_depth_pruning,
-    )
-    shapes = Shapes.of(anatomy, limits)
-    largest = anatomy.parameters_of_layers
-    shapes.fitting(target, sorted(range(len(largest)), key=lambda i: -largest[i]))
-    return shapes
-
-
 def outline(settings: MinitronSettings, anatomy: Anatomy, target: int) -> Outline:
     """One step, whose forward passes the plan counts; those of the search come on top."""
     if anatomy.amount <= target:
         return Outline([])
-    _shapes(settings, anatomy, target)
+    shapes_for(settings, anatomy, target)
     return Outline([target], list(_observers()))
 
 
@@ -264,4 +208,5 @@ METHOD = Method(
     cuts=CAN_CUT,
     needs="forward",
     outline=outline,
+    size=size_of_shape,
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ..claims import claimed
 from ..errors import Interrupted, InvalidSettings
+from ..goal import TARGETS
 from ..methods import make_settings
 from ..settings import PruneSettings
 from .account import account_of, reason_to_stop
@@ -18,6 +21,7 @@ from .launch import make_accelerator, start_trackers
 from .materials import gather
 from .request import (
     DEFAULTS,
+    TRAINING_DATA,
     AccelListener,
     AccelOutcome,
     AccelRequest,
@@ -25,7 +29,7 @@ from .request import (
 )
 from .run import Run
 from .settings import RecoverySettings, make_recovery_settings
-from .state import RunDirectory
+from .state import CORRECTED, RunDirectory
 from .teaching import make_teacher
 
 
@@ -105,18 +109,59 @@ def run_accel(
                 with claimed(place.final):
                     place.settle()
             return AccelOutcome(None, f"'{output}' holds this run already, finished.")
-        materials = gather(request, accelerator, listener, with_model=not resumes)
-        if accelerator.is_main_process:
-            place.begin(stack)
-        accelerator.wait_for_everyone()
+        taught = request
+        if request.recovery.teacher_tokens:
+            _begin(place, accelerator, stack)
+            corrected = run_accel(correction_of(request), place.directory / CORRECTED, listener)
+            if not (place.directory / CORRECTED / "run.json").is_file():
+                return AccelOutcome(None, f"The teacher is not corrected yet. {corrected.stopped}")
+            taught = replace(request, teacher=str(place.directory / CORRECTED))
+            accelerator = make_accelerator(request, place.directory, stack)
+        materials = gather(taught, accelerator, listener, with_model=not resumes)
+        if taught is request:
+            _begin(place, accelerator, stack)
         start_trackers(accelerator, request, stack)
         if request.recovery.alpha:
-            materials.teacher = make_teacher(request, materials, place.directory, listener)
+            materials.teacher = make_teacher(taught, materials, place.directory, listener)
         run = Run(request, place, materials, listener, began)
         try:
             return _go_on(run)
         except KeyboardInterrupt:
             raise Interrupted(f"Interrupted at step {run.progress.step}. {place.kept()}.") from None
+
+
+def _begin(place: RunDirectory, accelerator: Accelerator, stack: ExitStack) -> None:
+    if accelerator.is_main_process:
+        place.begin(stack)
+    accelerator.wait_for_everyone()
+
+
+def correction_of(request: AccelRequest) -> AccelRequest:
+    """The training that Minitron gives a teacher before it teaches (arXiv:2408.11796): on the data
+    of the run, of nothing but the text, and without a cut."""
+    recovery, tokens = request.recovery, request.recovery.teacher_tokens
+    assert tokens is not None
+    alone = {"phases": 1, "prune_per_phase": None, "alpha": 0.0, "teacher_tokens": None}
+    return replace(
+        request,
+        model=request.teacher or request.model,
+        teacher=None,
+        tokens=tokens,
+        **{**dict.fromkeys(TARGETS), "sparsity": 0.0, "quantize": None},
+        settings=make_settings(**_shared_settings(request.settings)),
+        recovery=recovery.model_copy(update={**alone, "teacher_top_k": None, "lora_rank": 0}),
+        evaluate=None,
+        portable=False,
+        overwrite=False,
+        stop_after=None,
+        max_loss=None,
+    )
+
+
+def _shared_settings(settings: PruneSettings) -> dict[str, Any]:
+    """Of a method's settings those that say how any model is trained."""
+    names = ("seed", "dtype", "device", "gradient_checkpointing")
+    return {"calibration": TRAINING_DATA, **{name: getattr(settings, name) for name in names}}
 
 
 def _go_on(run: Run) -> AccelOutcome:

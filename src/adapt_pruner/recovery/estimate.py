@@ -12,7 +12,7 @@ from ..goal import Goal
 from ..model.anatomy import count_parameters, find_anatomy
 from ..model.loading import empty_model
 from ..model.resources import Resource
-from ..plan import EARLIER_SUMS, make_plan
+from ..plan import EARLIER_SUMS, TRAINING, make_plan
 from ..result import Size
 from ..run import stored_dtype
 from .materials import check_training, limited_by, plan_phases
@@ -79,7 +79,7 @@ def plan_accel(request: AccelRequest, gpus: int = 1, gpu_tflops: float = 400.0) 
     rate_at = learning_rates(recovery, phases[-1].end_step)
     teacher = _empty_teacher(request, model)
     taught = count_parameters(teacher) if teacher else 0
-    memory = [_training_memory(request, model, p.parameters, gpus, teacher) for p in phases]
+    memory = [_training_memory(request, model, p.trained, gpus, teacher) for p in phases]
     plans = tuple(
         PhasePlan(
             phase,
@@ -126,15 +126,16 @@ def _empty_teacher(request: AccelRequest, model: Any) -> Any:
 def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float:
     """6 per weight: 2 forward, 4 backward; 8 if layers are recomputed; 2 more per teacher's."""
     factor = 8 if request.settings.gradient_checkpointing else 6
-    return factor * phase.parameters + 2 * teacher
+    return factor * phase.trained + 2 * teacher
 
 
 def _pruning_memory(request: AccelRequest, model: Any, phases: Sequence[Phase]) -> dict[str, int]:
-    """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory."""
+    """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory, and
+    masks train in a phase."""
     settings = settings_of_phase(request.settings, len(phases))
     goal = Goal(params=phases[0].parameters)
     plan = make_plan(model, settings, goal, _dtype(request)).memory_bytes
-    return {part: size for part, size in plan.items() if part != EARLIER_SUMS}
+    return {part: size for part, size in plan.items() if part not in (EARLIER_SUMS, TRAINING)}
 
 
 def _training_memory(

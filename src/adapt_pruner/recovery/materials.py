@@ -106,7 +106,10 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
     target = request.target(request.settings, anatomy)
     method_named(request.settings.method).outline(request.settings, anatomy, target)
     of_model = None if anatomy.resource is PARAMETERS else anatomy.total_parameters
-    phases = make_phases(request.recovery, anatomy.amount, target, request.tokens, of_model)
+    phases = make_phases(
+        request.recovery, anatomy.amount, target, request.tokens, of_model,
+        mask_share=getattr(request.settings, "mask_share", 0.0),
+    )  # fmt: skip
     return target, phases
 
 

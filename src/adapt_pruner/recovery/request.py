@@ -11,6 +11,7 @@ from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
 from ..goal import TARGETS, Goal
 from ..limits import Budget, Hours, Loss, Rounds, Steps, checked_value
+from ..methods import method_named
 from ..result import PruningResult
 from ..settings import PruneSettings
 from .lora import require_peft
@@ -141,6 +142,13 @@ def check_together(request: AccelRequest) -> None:
         raise InvalidSettings(
             f"teacher: '{request.teacher}' would not be used with alpha 0; give --alpha 0.5, say."
         )
+    if method_named(settings.method).needs == "training":
+        _check_masks(settings.method, recovery)
+    if recovery.teacher_tokens and not recovery.alpha:
+        raise InvalidSettings(
+            "teacher_tokens: with alpha 0 there is no teacher; give --alpha 1, say, or "
+            "leave it out."
+        )
     if not recovery.lora_rank:
         return
     if recovery.sharding == "fsdp2":
@@ -150,3 +158,20 @@ def check_together(request: AccelRequest) -> None:
             "moments: those of LoRA weights end with them, merged before each cut; take reset."
         )
     require_peft()
+
+
+def _check_masks(method: str, recovery: RecoverySettings) -> None:
+    """Raise InvalidSettings for what does not go together with masks that are trained."""
+    for name in ("phases", "prune_per_phase"):
+        if (value := getattr(recovery, name)) is not None:
+            raise InvalidSettings(
+                f"{name}: {method} has two phases of its own, of masks and of the model that is "
+                f"left (--mask-share); got {value:g}. Leave it out."
+            )
+    if recovery.lora_rank:
+        raise InvalidSettings(
+            f"lora_rank: {method} trains all weights along with the masks; got "
+            f"{recovery.lora_rank}. Leave it out."
+        )
+    if recovery.sharding == "fsdp2":
+        raise InvalidSettings(f"sharding: {method} trains masks with --sharding ddp; got fsdp2.")

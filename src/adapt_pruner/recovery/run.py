@@ -5,22 +5,23 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..api import Listener, previous_record, prune
+from ..allocate.masks import Masks
+from ..api import previous_record
 from ..data.sampling import updated_weights
 from ..errors import NonFiniteError
-from ..model.anatomy import Anatomy, find_anatomy
-from ..model.edits import Edit
+from ..methods.sheared_llama import make_masks
+from ..model.anatomy import find_anatomy
 from ..model.history import History
 from ..processes import decided_by_first
 from ..result import Size
 from ..run import measure, store_as
+from .cutting import prune_to
 from .finish import draw_progress
 from .launch import processes_of
 from .lora import add_lora, merge_lora
@@ -28,9 +29,8 @@ from .materials import Materials, reference_losses
 from .moments import Moments
 from .randomness import gather_random_states, restore_random_states, seed_process
 from .request import AccelListener, AccelRequest
-from .schedule import Phase, learning_rates, settings_of_phase, tokens_per_step
+from .schedule import Phase, learning_rates, tokens_per_step
 from .state import Progress, RunDirectory, rebuild_model
-from .teacher import set_aside
 from .training import PhaseTraining, SpikeGuard, StepResult, Throughput, training
 
 
@@ -72,6 +72,8 @@ class Run:
         self.total_tokens = self.phases[-1].end_step * self.batch_tokens
         self.rate_at = learning_rates(self.recovery, self.phases[-1].end_step)
         self.moments: Moments = {}
+        self.masks: Masks | None = None
+        """In a phase that trains them."""
         self.began, self.clock = time.perf_counter(), _Clock()
         self.called = self.began if called is None else called
         found = place.resume(write=self.accelerator.is_main_process)
@@ -107,6 +109,8 @@ class Run:
         inside_phase = self.progress.step < self.phases[self.progress.phase - 1].end_step
         if self.recovery.lora_rank and inside_phase:
             self.model = add_lora(self.model, self.recovery)
+        if inside_phase and self.phases[self.progress.phase - 1].trains_masks:
+            self._add_masks()
         self.place.read_weights(checkpoint, self.model)
         if not self._is_sharded or self.accelerator.is_main_process:
             self.moments = self.place.read_moments(
@@ -128,45 +132,36 @@ class Run:
     # The parts of a phase.
 
     def cut(self, phase: Phase) -> None:
-        """Prune to the size of the phase, moments too. Nothing to do in one that is resumed."""
+        """Prune to the size of the phase, moments too, or put masks on, after whose training the
+        cut comes. Nothing to do in a phase that is resumed."""
         self.clock.start()
         self.listener.on_phase(phase, self.phases)
         if self.progress.phase == phase.number:
             return
-        request, progress, calibration = self.request, self.progress, self.materials.calibration
         seed = self.materials.seed * 1_000_003 + phase.number
         torch.manual_seed(seed)
-        layers = list(self.history.layers)
-        resource = self.materials.resource
-        amount = min(phase.amount, find_anatomy(self.model, resource).amount)
-        with set_aside(self.materials.teacher):
-            result = prune(
-                self.model,
-                self.materials.tokenizer,
-                **resource.goal(amount),
-                calibration=calibration.reseeded(request.settings.seed + 7919 * phase.number),
-                settings=settings_of_phase(request.settings, len(self.phases)),
-                listener=Following(self.listener.pruning, self._follow),
-                group=self.processes,
-            )
-        progress.history = self.history.state_dict()
-        done = len(progress.pruning_steps)
-        for record in result.steps:
-            of_source = {
-                name: _spread(getattr(record, name), layers, len(progress.first["widths"]))
-                for name in ("layer_importance", "layer_distance")
-            }
-            step = {**asdict(record), **of_source, "step": done + record.step}
-            progress.pruning_steps.append(step)
-        progress.phase = phase.number
+        if phase.trains_masks:
+            self._add_masks()
+        else:
+            prune_to(phase, self)
+        self.progress.phase = phase.number
         if self.recovery.lora_rank:
             self.model = add_lora(self.model, self.recovery)
         seed_process(seed, self.processes)
         self.clock.lap("prune")
 
-    def _follow(self, edit: Edit, before: Anatomy) -> None:
-        edit.follow(self.model, self.moments)
-        self.history.add(edit, before)
+    def _add_masks(self) -> None:
+        anatomy = find_anatomy(self.model, self.materials.resource)
+        self.masks = make_masks(anatomy, self.request.settings, self.materials.target)
+        self.masks.attach(anatomy)
+
+    def _cut_by_masks(self, phase: Phase) -> None:
+        assert self.masks is not None
+        self.masks.detach(self.model)
+        self.masks.check(phase.steps)
+        self.moments = {k: v for k, v in self.moments.items() if not k.startswith("masks.")}
+        prune_to(phase, self)
+        self.masks = None
 
     def train(self, phase: Phase) -> None:
         """Take the optimizer steps of the phase that are left, until the time is over.
@@ -176,7 +171,7 @@ class Run:
         guard, throughput = SpikeGuard(self.recovery.max_loss_spike), Throughput()
         with training(
             self.accelerator, self.model, self.moments, self.recovery, len(self.sampler.weights),
-            self.request.settings.gradient_checkpointing,
+            self.request.settings.gradient_checkpointing, masks=self.masks,
         ) as work:  # fmt: skip
             while self.progress.step < phase.end_step:
                 rate = self.rate_at(self.progress.step)
@@ -201,6 +196,8 @@ class Run:
             return
         if self.recovery.lora_rank:
             self.model = merge_lora(self.model)
+        if phase.trains_masks:
+            self._cut_by_masks(phase)
         anatomy, evaluation = find_anatomy(self.model), self._measure()
         self.clock.lap("evaluate")
         record = {
@@ -239,9 +236,12 @@ class Run:
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         batch = self.sampler.gather(self.sampler.next_indices(count)[mine])
         positions_B = torch.arange(first, first + count)[mine]
+        if self.masks is not None:
+            self.masks.share = (progress.step - phase.first_step) / phase.steps
         try:
             found = work.step(batch, rate, self.materials.teacher, positions_B)
-            guard.check(found.loss)
+            if self.masks is None:  # which make the loss rise
+                guard.check(found.loss)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error} at step {progress.step + 1} (phase {phase.number}). {self.place.kept()}."
@@ -280,6 +280,8 @@ class Run:
         }
         if self.dynamic:
             record |= {f"weight/{name}": share for name, share in self.sampler.weights.items()}
+        if self.masks is not None:
+            record |= {f"masked/{kind}": share for kind, share in self.masks.masked().items()}
         if self.accelerator.is_main_process:
             self.place.append_log(json.dumps(record))
         self.accelerator.log(record, step=self.progress.step)
@@ -307,22 +309,3 @@ class Run:
             return False
         over = time.perf_counter() - self.called > self.request.max_hours * 3600
         return decided_by_first(over, self.processes)
-
-
-class Following(Listener):
-    """Passes a cut on to the display, and changes everything that depends on the model's structure
-    with it."""
-
-    def __init__(self, display: Listener, follow: Callable[[Edit, Anatomy], None]):
-        self.on_start, self.on_progress = display.on_start, display.on_progress
-        self.on_step, self.follow = display.on_step, follow
-
-    def on_edit(self, edit: Edit, before: Anatomy) -> None:
-        self.follow(edit, before)
-
-
-def _spread(values: list[float], layers: list[int], count: int) -> list[float]:
-    """Figures of the layers that were left, under their numbers in the source model; 0 for those
-    that are gone, and none where none were measured."""
-    there = dict(zip(layers, values, strict=False))
-    return [there.get(i, 0.0) for i in range(count)] if values else []

@@ -34,10 +34,22 @@ class Phase:
     first_step: int
     """Optimizer steps taken before this phase."""
     steps: int
+    masked: int | None = None
+    """Where the steps come first and train masks by which the cut is then made: parameters of the
+    model that is masked."""
 
     @property
     def end_step(self) -> int:
         return self.first_step + self.steps
+
+    @property
+    def trains_masks(self) -> bool:
+        return self.masked is not None
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the model that the steps train."""
+        return self.masked or self.parameters
 
 
 def count_phases(settings: RecoverySettings, before: int, target: int) -> int:
@@ -58,6 +70,7 @@ def make_phases(
     target: int,
     tokens: int,
     parameters: int | None = None,
+    mask_share: float = 0.0,
 ) -> tuple[Phase, ...]:
     """Phase j of T cuts to P_0 - (P_0 - P_T) * j / T and trains on D_j tokens, in whole optimizer
     steps, at least one per phase.
@@ -69,11 +82,13 @@ def make_phases(
         before, target: parameters of the whole model, P_0 and P_T; or of what else is limited.
         tokens: training tokens of all phases.
         parameters: of the whole model, if something else is limited.
+        mask_share: of the tokens, that which trains masks, in a phase before the cut.
 
     Raises:
         InvalidSettings: if the tokens are too few for one step per phase.
     """
-    count = count_phases(settings, before, target)
+    with_masks = mask_share > 0 and target < before
+    count = 2 if with_masks else count_phases(settings, before, target)
     total_steps = tokens // tokens_per_step(settings)
     if total_steps < count:
         raise InvalidSettings(
@@ -81,12 +96,20 @@ def make_phases(
             f"{count} phases need at least one each. Give more --tokens, a smaller --batch-tokens "
             "or fewer --phases."
         )
+
+    def about(amount: int) -> int:
+        return amount if parameters is None else round(parameters * amount / before)
+
+    if with_masks:
+        first, left, whole = round(mask_share * total_steps), about(target), about(before)
+        first = min(max(1, first), total_steps - 1)
+        masks = Phase(1, target, left, 0, first, masked=whole)
+        return masks, Phase(2, target, left, first, total_steps - first)
     steps = _apportion(_shares(settings, count), total_steps)
     phases = []
     for j in range(1, count + 1):
         amount = before - round((before - target) * j / count)
-        about = amount if parameters is None else round(parameters * amount / before)
-        phases.append(Phase(j, amount, about, sum(steps[: j - 1]), steps[j - 1]))
+        phases.append(Phase(j, amount, about(amount), sum(steps[: j - 1]), steps[j - 1]))
     return tuple(phases)
 
 

@@ -11,6 +11,7 @@ from ..errors import InvalidSettings
 from ..limits import (
     Batch,
     BatchTokens,
+    Budget,
     Decay,
     Factor,
     LearningRate,
@@ -136,6 +137,14 @@ class RecoverySettings(BaseModel):
         Field(
             description="Store so many of the teacher's logits per token before training, so that "
             "it need not fit beside the student; default: run the teacher along.",
+        ),
+    ] = None
+
+    teacher_tokens: Annotated[
+        Budget | None,
+        Field(
+            description="Train the teacher on so many tokens of the data first (Minitron's teacher "
+            "correction); default: it stays as it is.",
         ),
     ] = None
 

@@ -49,9 +49,9 @@ from ..run import store_as
 from .moments import Moments, flatten, unflatten
 
 REQUEST_FILE, LOG_FILE, PHASES_FILE = "run.yaml", "training.jsonl", "phases.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CORRECTED = "checkpoints", "corrected-teacher"
 OWN_NAMES = (
-    REQUEST_FILE, LOG_FILE, PHASES_FILE, CHECKPOINTS, "teacher", ".result", "pictures",
+    REQUEST_FILE, LOG_FILE, PHASES_FILE, CHECKPOINTS, "teacher", CORRECTED, ".result", "pictures",
     "report.html", "adapt-pruner", ".lock",
 )  # fmt: skip
 """What a run has in its directory besides its result; the last but one is tensorboard's."""
@@ -186,7 +186,7 @@ class RunDirectory:
 
     def settle(self) -> None:
         """Remove what only a resume needs, and give a whole result its place."""
-        for name in (CHECKPOINTS, "teacher"):
+        for name in (CHECKPOINTS, "teacher", CORRECTED):
             shutil.rmtree(self.directory / name, ignore_errors=True)
         self._discard_partials()
         if self.directory != self.final:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from ..allocate.masks import Masks
 from ..data.sampling import Batch
 from ..errors import NonFiniteError
 from ..figures import RunningMean
@@ -49,13 +50,17 @@ def training(
     settings: RecoverySettings,
     num_domains: int = 1,
     checkpointing: bool = False,
+    *,
+    masks: Masks | None = None,
 ) -> Iterator[PhaseTraining]:
     """Wrap `model` and an AdamW with these moments for one phase; unwrap on leaving.
+
+    `masks` are attached to the model; they train along, at their own rate, towards their shape.
 
     On leaving, `phase.model` is the whole trained model and `phase.moments` are its moments.
     """
     layers = _decoder_layers(model) if checkpointing else []
-    phase = PhaseTraining(accelerator, model, moments, settings, num_domains)
+    phase = PhaseTraining(accelerator, model, moments, settings, num_domains, masks)
     try:
         with checkpointed(layers, reentrant=False):
             yield phase
@@ -74,9 +79,10 @@ class PhaseTraining:
         moments: Moments,
         settings: RecoverySettings,
         num_domains: int,
+        masks: Masks | None = None,
     ):
         self.accelerator, self.settings, self.model = accelerator, settings, model
-        self.num_domains = num_domains
+        self.num_domains, self.masks = num_domains, masks
         self.sharded = settings.sharding == "fsdp2" and accelerator.num_processes > 1
         self.micro_batch = micro_batch(model.config.vocab_size, settings)
         model.train()
@@ -84,7 +90,7 @@ class PhaseTraining:
             self.plain = sharding.without_weights(model)
             self.wrapped = sharding.shard(model, accelerator.mixed_precision)
         optimizer = torch.optim.AdamW(
-            _decay_groups(model, settings.weight_decay),
+            _parameter_groups(model, settings.weight_decay, masks),
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
         )
@@ -112,7 +118,8 @@ class PhaseTraining:
             NonFiniteError: if the loss or a gradient is NaN or infinite; no weight has changed.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            masks = self.masks if group.get("of_masks") else None
+            group["lr"] = masks.rate if masks else learning_rate
         targets_BT = targets_of(batch.labels)
         counts_B = (targets_BT != IGNORED).sum(dim=1)
         num_labels = int(self._summed(counts_B.sum()))
@@ -162,7 +169,10 @@ class PhaseTraining:
                     logits_BTV, labels_BT, teaching, settings.alpha, settings.temperature
                 )
                 del logits_BTV
-                accelerator.backward(total * scale)
+                total = total * scale
+                if last and self.masks is not None:
+                    total = total + self.masks.penalty()  # the same on every process
+                accelerator.backward(total)
             losses.append(losses_B)
         return torch.cat(losses)
 
@@ -226,13 +236,18 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not, as in transformers' Trainer."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+def _parameter_groups(
+    model: nn.Module, weight_decay: float, masks: Masks | None
+) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms do not, as in transformers' Trainer. Masks have groups of
+    their own."""
+    own = set(masks.parameters()) if masks is not None else set()
+    trained = [p for p in model.parameters() if p.requires_grad and p not in own]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups += masks.parameter_groups() if masks is not None else []
     return [group for group in groups if group["params"]]
 
 

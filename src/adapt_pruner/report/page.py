@@ -12,6 +12,7 @@ from .. import __version__
 from ..figures import duration, figure, short, smoothed
 from . import charts
 from .facts import Extras, Facts, Row, facts_of
+from .found import Found, read_found
 from .record import Run, TrainingStep
 
 GENERATOR = f"adapt-pruner {__version__}"
@@ -35,6 +36,8 @@ class Section:
     headline: list[Row]
     charts: dict[str, Markup | None]
     extras: Extras
+    found: Found | None
+    """How a search found the run's settings, if one did."""
 
 
 def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
@@ -87,6 +90,7 @@ def _section(run: Run, id: str, extras: Extras) -> Section:
         headline=[row for name in HEADLINE for row in facts.rows if row.name == name][:4],
         charts=_charts(run, id, facts) if run.record.steps else {},
         extras=extras,
+        found=read_found(run.directory, id),
     )
 
 

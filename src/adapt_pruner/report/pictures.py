@@ -85,14 +85,16 @@ def draw_layer_importance(result: PruningResult) -> Any:
     return figure
 
 
-def make_figure(width: float, height: float, rows: int) -> tuple[Any, list[Any]]:
+def make_figure(
+    width: float, height: float, rows: int, sharex: bool = True
+) -> tuple[Any, list[Any]]:
     """A figure with `rows` axes, drawn without a display and without global state."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)

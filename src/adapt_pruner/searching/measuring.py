@@ -58,7 +58,7 @@ class Validation:
         for text in texts:
             ids = tokenizer(text, verbose=False)["input_ids"]
             windows += windows_of(ids, how.validation_window, how.validation_window)
-        if how.objective == "kl":  # scored in equal windows
+        if how.quality == "kl":  # scored in equal windows
             windows = [window for window in windows if len(window[0]) == how.validation_window]
         if not windows:
             raise EvaluationError(
@@ -69,7 +69,7 @@ class Validation:
         self.windows = [windows[i] for i in order.tolist()[: how.validation_windows]]
         vocab_size = model.get_input_embeddings().weight.shape[0]
         check_vocabulary(max(max(ids) for ids, _ in self.windows), vocab_size)
-        self.dense_BTD = self._dense(model) if how.objective == "kl" else None
+        self.dense_BTD = self._dense(model) if how.quality == "kl" else None
 
     @torch.no_grad()
     def _dense(self, model: Any) -> Tensor:
@@ -92,7 +92,7 @@ class Validation:
             mean = total / tokens
             if not math.isfinite(mean):
                 raise NonFiniteError("The pruned model's loss on the validation text is NaN.")
-            yield mean if self.how.objective == "kl" else math.exp(min(mean, 700.0))
+            yield mean if self.how.quality == "kl" else math.exp(min(mean, 700.0))
 
     def measure(self, model: Any) -> float:
         """The objective on all windows."""

@@ -1,11 +1,17 @@
-"""A picture of a search: the objective over trials."""
+"""Pictures of a search: quality over trials, and quality over what a model costs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..report.pictures import make_figure
+from ..report.pictures import make_figure, save_figure
+
+NAMES = {
+    "kl": "KL to the dense model, nats",
+    "bytes": "bytes of weights",
+    "latency": "latency, share of the dense model's",
+}
 
 
 def draw_trials(
@@ -25,8 +31,34 @@ def draw_trials(
     worst = sorted(value for _, value in done)[int(0.9 * (len(done) - 1))]
     axis.set_ylim(top=worst + 0.5 * max(worst - dense, 1e-6))
     axis.set_xlabel("trial")
-    axis.set_ylabel(objective if objective == "perplexity" else "KL to the dense model, nats")
+    axis.set_ylabel(NAMES.get(objective, objective))
     axis.legend(frameon=False, fontsize=8, ncols=4)
     directory.mkdir(exist_ok=True)
-    figure.savefig(directory / "search.svg", metadata={"Date": None})
-    figure.savefig(directory / "search.png", dpi=150)
+    save_figure(figure, directory / "search.svg")
+
+
+def draw_front(
+    directory: Path, trials: list[dict[str, Any]], front: list[dict[str, Any]], best: int
+) -> None:
+    """Write front.svg and front.png: quality over each cost, of all trials and of the front."""
+    quality, *costs = [name for name in front[0] if name != "number"]
+    done = [trial["objectives"] for trial in trials if trial["objectives"]]
+    chosen = next(trial for trial in front if trial["number"] == best)
+    figure, axes = make_figure(7.5, 3.2 * len(costs), len(costs), sharex=False)
+    for axis, cost in zip(axes, costs, strict=True):
+        for points, style in (
+            (done, {"marker": "o", "color": "#9aa5b1", "label": "trial"}),
+            (front, {"marker": "o", "color": "#1f6feb", "label": "front"}),
+            ([chosen], {"marker": "*", "color": "#d1495b", "markersize": 13, "label": "written"}),
+        ):
+            axis.plot(
+                [point[cost] for point in points], [point[quality] for point in points],
+                linestyle="none", **style,
+            )  # fmt: skip
+        if quality == "perplexity":
+            axis.set_yscale("log")
+        axis.set_xlabel(NAMES.get(cost, cost))
+        axis.set_ylabel(NAMES.get(quality, quality))
+    axes[0].legend(frameon=False, fontsize=8, ncols=3)
+    directory.mkdir(exist_ok=True)
+    save_figure(figure, directory / "front.svg")

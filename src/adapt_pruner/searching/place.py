@@ -7,6 +7,7 @@ is held meanwhile, so that other workers lose no trial.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,7 @@ from ..durable import flush_tree
 from ..errors import InvalidSettings, WritingError, shown
 from ..files import atomic_directory, check_output, place_of, write_atomically
 
-STUDY, JOURNAL, POOL = "study", "journal.log", "pool.safetensors"
+STUDY, JOURNAL, POOL = "study", "journal.log", "pool-{}.safetensors"
 NAME = "adapt-pruner"
 """Of the study in a database: one for each."""
 
@@ -68,7 +69,7 @@ class Place:
         check_output(self.output, overwrite=is_search or overwrite)
         check_replaceable(self.output, sources, also_ours=(STUDY,) if is_search else ())
 
-    def open_study(self, sampler: Any, pruner: Any, overwrite: bool) -> Any:
+    def open_study(self, sampler: Any, pruner: Any, overwrite: bool, objectives: int = 1) -> Any:
         """The study, new or as it is. Raises InvalidSettings if the database cannot be opened."""
         import optuna
 
@@ -80,13 +81,17 @@ class Place:
                 known = optuna.get_all_study_names(storage=self.storage)
                 if NAME in known:
                     optuna.delete_study(study_name=NAME, storage=self.storage)
-            return optuna.create_study(
-                storage=self.storage or self._journal_storage(),
-                study_name=NAME,
-                sampler=sampler,
-                pruner=pruner,
-                load_if_exists=True,
-            )
+            storage = self.storage or self._journal_storage()
+            make = functools.partial(
+                optuna.create_study, storage=storage, study_name=NAME, sampler=sampler,
+                pruner=pruner, load_if_exists=True,
+                directions=[optuna.study.StudyDirection.MINIMIZE] * objectives,
+            )  # fmt: skip
+            study = make()
+            if len(study.directions) != objectives and not study.get_trials(deepcopy=False):
+                optuna.delete_study(study_name=NAME, storage=storage)
+                return make()
+            return study
         except OSError as error:
             raise WritingError(
                 f"'{self.output}' cannot hold the study: {error.strerror or error}."
@@ -118,9 +123,10 @@ class Place:
             content = journal.read()
             journal.truncate(content.rfind(b"\n") + 1)
 
-    def stored_pool(self, key: str) -> dict[str, Tensor] | None:
-        """The scores that were stored under a key, if they are there and whole."""
-        file = self.output / STUDY / POOL
+    def stored_pool(self, length: int, key: str) -> dict[str, Tensor] | None:
+        """The scores of samples of `length` tokens that were stored under a key, if they are there
+        and whole."""
+        file = self.output / STUDY / POOL.format(length)
         try:
             with safe_open(file, framework="pt") as opened:
                 if (opened.metadata() or {}).get("key") != key:
@@ -129,8 +135,9 @@ class Place:
         except (OSError, SafetensorError):
             return None
 
-    def store_pool(self, key: str, tensors: dict[str, Tensor]) -> None:
-        write_atomically(self.output / STUDY / POOL, save(tensors, metadata={"key": key}))
+    def store_pool(self, length: int, key: str, tensors: dict[str, Tensor]) -> None:
+        file = self.output / STUDY / POOL.format(length)
+        write_atomically(file, save(tensors, metadata={"key": key}))
 
     def write(self, fill: Callable[[Path], None]) -> None:
         """Let `fill` write into a directory that then takes the place of the output. Workers of the
@@ -148,6 +155,6 @@ class Place:
                 # Until the new directory is in its place.
                 held.enter_context(self._lock("journal").held())
             for file in (self.output / STUDY).iterdir():
-                if file.name in (JOURNAL, POOL):
+                if file.name == JOURNAL or file.match(POOL.format("*")):
                     shutil.copy2(file, partial / STUDY / file.name)
             write_record(partial)

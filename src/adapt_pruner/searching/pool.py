@@ -10,6 +10,7 @@ Shapes: P windows of the pool, T tokens, D hidden size, U units of an axis, K en
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..allocate.chains import Scores
-from ..errors import InvalidSettings
+from ..errors import InvalidSettings, shown
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey, Slot
 from ..score.collect import Pass, collect
@@ -167,6 +168,22 @@ def _describe(model: Any, windows_PT: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         model.train(training)
     return torch.cat(losses), torch.cat(states)
+
+
+def by_source(sources: Sequence[str], groups: int) -> Tensor:
+    """(P,) int64, the group of each sample: 0 is the source with the most; the rarest share one.
+
+    Raises:
+        InvalidSettings: if there is only one source.
+    """
+    found = [source for source, _ in Counter(sources).most_common()]
+    if len(found) == 1:
+        raise InvalidSettings(
+            f"describe: all samples come from {shown(found[0])}, so sources do not tell them "
+            "apart; got source. Take hidden or loss, or text with a column `source` or of several "
+            "files."
+        )
+    return torch.tensor([min(found.index(source), groups - 1) for source in sources])
 
 
 def grouped(pool: Pool, describe: str, groups: int, seed: int) -> Tensor:

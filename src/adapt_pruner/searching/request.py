@@ -6,13 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..limits import Length, Name, Rounds, Runs, Windows
+from ..limits import Length, Name, Rounds, Runs, ShareBelowOne, Tokens, Windows
 from ..settings import PruneSettings
 
 ADA_PRUNER = "ada-pruner"
 """What is searched when no method is named."""
+
+
+QUALITIES = ("perplexity", "kl")
+Objective = Literal["perplexity", "kl", "parameters", "bytes", "latency"]
+
+
+def _split(said: Any) -> Any:
+    return tuple(said.replace(",", " ").split()) if isinstance(said, str) else said
+
+
+def _quality_first(names: tuple[str, ...]) -> tuple[str, ...]:
+    first, rest = {*names[:1]}, names[1:]
+    if not first & {*QUALITIES} or {*rest} & {*QUALITIES} or len({*rest}) < len(rest):
+        raise ValueError(
+            "must be perplexity or kl, and after it parameters, bytes or latency, each once at most"
+        )
+    return names
 
 
 class SearchSettings(BaseModel):
@@ -35,13 +52,40 @@ class SearchSettings(BaseModel):
             "the importance, both, or nothing but what the recipe's `space` names."
         ),
     ] = "both"
-    objective: Annotated[
-        Literal["perplexity", "kl"],
+    layer_spread: Annotated[
+        ShareBelowOne,
         Field(
-            description="What is minimised on the validation text: perplexity, or the divergence "
-            "from the dense model's predictions, in nats per token."
+            description="Let ada-pruner search what each layer gives up, too: 0.5 tries from half "
+            "the share of the others to one and a half."
         ),
-    ] = "perplexity"
+    ] = 0.0
+    objective: Annotated[
+        tuple[Objective, ...],
+        BeforeValidator(_split),
+        AfterValidator(_quality_first),
+        Field(
+            description="What is minimised on the validation text: perplexity, or kl, the "
+            "divergence from the dense model's predictions in nats per token. After it, with "
+            "commas, what the model is to cost: parameters, bytes of weights, latency as a share "
+            "of the dense model's."
+        ),
+    ] = ("perplexity",)
+    choose: Annotated[
+        Literal["nearest", "quality"],
+        Field(
+            description="Of several objectives, which model of the Pareto front is written: the "
+            "one nearest to the best of all (each scaled over the front), or the best in quality."
+        ),
+    ] = "nearest"
+    quantize: Annotated[
+        Name | None,
+        Field(
+            description="Where bytes count: those of a GGUF file of this type, such as Q4_K_M; "
+            "default: the weights as the checkpoint holds them."
+        ),
+    ] = None
+    prompt_tokens: Annotated[Tokens, Field(description="Tokens read, where latency counts.")] = 256
+    new_tokens: Annotated[Tokens, Field(description="Tokens written after them.")] = 32
     validation_window: Annotated[
         Length, Field(description="Tokens per window of the validation text.")
     ] = 256
@@ -52,14 +96,14 @@ class SearchSettings(BaseModel):
         bool,
         Field(
             description="Stop a trial that is worse than the median of earlier ones on the first "
-            "eighth, quarter or half of the validation text."
+            "eighth, quarter or half of the validation text. Not with several objectives."
         ),
     ] = True
     describe: Annotated[
-        Literal["hidden", "loss"],
+        Literal["hidden", "loss", "source"],
         Field(
-            description="What samples are grouped by: clusters of their mean hidden state, or "
-            "bands of the dense model's loss."
+            description="What samples are grouped by: clusters of their mean hidden state, bands "
+            "of the dense model's loss, or sources (the column `source`, or else the file)."
         ),
     ] = "hidden"
     groups: Annotated[Runs, Field(description="Groups of samples, each with a weight.")] = 6
@@ -74,6 +118,15 @@ class SearchSettings(BaseModel):
         ),
     ] = None
 
+    @property
+    def quality(self) -> str:
+        return self.objective[0]
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The other objectives."""
+        return self.objective[1:]
+
 
 @dataclass(frozen=True)
 class SearchRequest:
@@ -84,6 +137,8 @@ class SearchRequest:
     """What all trials share."""
     validation: str
     """Text to measure trials on, as `settings.calibration`; it must not overlap with that."""
+    heldout: str | None = None
+    """Text that the model found is measured on, and no trial."""
     search: SearchSettings = field(default_factory=SearchSettings)
     sparsity: float | None = None
     params: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from ..settings import PruneSettings, build
 from .request import SearchSettings
 
 OF_THE_POOL = {
-    "method", "calibration", "text_column", "max_documents", "seed", "pool", "window_length",
-    "samples", "dtype", "device", "device_map",
+    "method", "calibration", "text_column", "max_documents", "seed", "pool", "samples", "dtype",
+    "device", "device_map",
 }  # fmt: skip
 """Settings that decide what the samples are; all trials share them."""
 GRID_POINTS = 3
@@ -72,8 +72,13 @@ class Range:
 Space = dict[str, OneOf | Range]
 
 
-def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[str, Any]) -> Space:
-    """All that is searched: the parts of `ada-pruner` that `search.over` names, and `extra`.
+def make_space(
+    settings: PruneSettings, search: SearchSettings, extra: Mapping[str, Any], layers: int = 0
+) -> Space:
+    """All that is searched: the parts of `ada-pruner` that `search` names, and `extra`.
+
+    Args:
+        layers: decoder layers of the model.
 
     Raises:
         InvalidSettings: if that is nothing, or a range is malformed.
@@ -86,7 +91,16 @@ def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[s
     if is_ours and search.over in ("both", "importance"):
         space.update(dict.fromkeys(("alpha_coarse", "alpha_fine"), Range(0.0, 1.0)))
         space.update({name: OneOf(v) for name, v in FACTORS[settings.alignment].items()})
-    space.update(parse_space(extra, settings))
+    if search.layer_spread:
+        if not is_ours or settings.allocation != "even":
+            raise InvalidSettings(
+                "layer_spread: layers have shares of their own in the method ada-pruner with "
+                f"--allocation even; got {search.layer_spread:g} with {settings.method}"
+                f"{', ' + settings.allocation if is_ours else ''}."
+            )
+        share = Range(1 - search.layer_spread, 1 + search.layer_spread)
+        space.update({f"layer {i}": share for i in range(layers)})
+    space.update(parse_space(extra, settings, search.costs))
     if not any(len(of.grid()) > 1 for of in space.values()):
         raise InvalidSettings(
             "The search space is empty: give settings a range in the recipe, such as `space: "
@@ -101,9 +115,12 @@ def make_space(settings: PruneSettings, search: SearchSettings, extra: Mapping[s
     return space
 
 
-def parse_space(section: Mapping[str, Any], settings: PruneSettings) -> Space:
+def parse_space(
+    section: Mapping[str, Any], settings: PruneSettings, costs: Sequence[str] = ()
+) -> Space:
     """The `space` of a recipe: settings of the method, each a list of values or a mapping with low,
-    high and perhaps log. Whole numbers on both ends mean whole numbers.
+    high and perhaps log. Whole numbers on both ends mean whole numbers. Where the model's costs
+    are objectives, `sparsity` can be searched, too.
 
     Raises:
         InvalidSettings: naming the first setting that is unknown, or whose values it cannot have.
@@ -111,6 +128,9 @@ def parse_space(section: Mapping[str, Any], settings: PruneSettings) -> Space:
     space: Space = {}
     known = set(type(settings).model_fields) - OF_THE_POOL
     for name, said in section.items():
+        if name == "sparsity":
+            space[name] = _parsed_sparsity(said, costs)
+            continue
         if name not in known:
             why = "all trials share it" if name in OF_THE_POOL else "there is no such setting"
             raise InvalidSettings(
@@ -120,7 +140,37 @@ def parse_space(section: Mapping[str, Any], settings: PruneSettings) -> Space:
         space[name] = _parsed(name, said)
         for value in _ends(space[name]):
             build(type(settings), {**settings.model_dump(), name: value})
+    lengths = space.get("window_length")
+    if isinstance(settings, AdaPrunerSettings) and isinstance(lengths, Range):
+        raise InvalidSettings(
+            "space: window_length must be a list, such as [64, 128], because a pool is scored for "
+            f"each length; got {shown(section['window_length'])}."
+        )
     return space
+
+
+def _parsed_sparsity(said: Any, costs: Sequence[str]) -> OneOf | Range:
+    if not costs:
+        raise InvalidSettings(
+            "space: sparsity can be searched with several objectives alone, such as --objective "
+            "perplexity,bytes; with one, the smallest cut is always the best. Name one --sparsity."
+        )
+    found = _parsed("sparsity", said)
+    for value in _ends(found):
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InvalidSettings(f"space: sparsity must be from 0 to below 1; got {shown(value)}.")
+    return Range(found.low, found.high, found.log) if isinstance(found, Range) else found
+
+
+def lengths_of(settings: PruneSettings, space: Space) -> list[int]:
+    """Tokens per sample that trials can ask for: of a range, both ends."""
+    found = space.get("window_length")
+    return list(_ends(found)) if found else [settings.window_length]
+
+
+def greatest(of: OneOf | Range) -> Any:
+    """The largest value."""
+    return max(_ends(of))
 
 
 def _parsed(name: str, said: Any) -> OneOf | Range:

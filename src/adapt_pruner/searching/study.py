@@ -9,34 +9,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..allocate.target import resolve_target
-from ..api import calibration_for
-from ..data.calibration import read_documents
-from ..data.fingerprints import of_texts, short_hash
-from ..data.overlap import Overlap
+from ..data.fingerprints import of_texts
 from ..errors import (
     AdaptPrunerError,
-    CalibrationError,
     EvaluationError,
     Interrupted,
     InvalidSettings,
     MissingExtra,
-    shortened,
 )
-from ..evaluation import evaluation_texts
 from ..goal import Goal
-from ..methods import make_settings, method_named
+from ..methods import build_settings, make_settings
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
+from ..run import written_dtype
 from ..settings import build
 from .measuring import Validation
 from .outcome import Outcome, write_outcome
 from .place import Place
-from .pool import Pool, score_pool
 from .request import ADA_PRUNER, SearchListener, SearchRequest, SearchSettings
-from .space import make_space
-from .trials import Bench, pool_windows
+from .samples import Samples
+from .space import Space, greatest, lengths_of, make_space
+from .texts import read_texts
+from .trials import Bench
 
 FAILURES = 5
 """Trials that fail, while none has succeeded, before the search gives up."""
@@ -50,6 +45,7 @@ def search(
     params: int | None = None,
     calibration: str,
     validation: str,
+    heldout: str | None = None,
     space: dict[str, Any] | None = None,
     listener: SearchListener | None = None,
     overwrite: bool = False,
@@ -63,6 +59,8 @@ def search(
         sparsity, params: the target, as in `prune`.
         calibration: text that samples are chosen from.
         validation: text that trials are measured on; it must not overlap with `calibration`.
+        heldout: text that the model found is measured on, and no trial; it must not overlap with
+            either.
         space: further settings with their ranges, such as `{"ridge": {"low": 1e-3, "high": 0.1}}`.
         settings: those of `SearchSettings`, and of the method (`method`, by default ada-pruner).
 
@@ -77,6 +75,7 @@ def search(
             **{"method": ADA_PRUNER, "calibration": calibration, **settings},
         ),
         validation=validation,
+        heldout=heldout,
         search=build(SearchSettings, of_search),
         sparsity=sparsity,
         params=params,
@@ -103,37 +102,40 @@ def run_search(
     from .samplers import make_pruner, make_sampler
 
     listener = listener or SearchListener()
-    space = make_space(request.settings, request.search, request.space)
     empty = empty_model(request.model, request.trust_remote_code)
+    layers = len(find_anatomy(empty).layers)
+    space = make_space(request.settings, request.search, request.space, layers)
     resolve_device(request.settings.device)
-    goal = Goal(sparsity=request.sparsity, params=request.params)
-    plan = make_plan(empty, request.settings, goal)
-    texts = evaluation_texts(request.validation, request.settings.text_column)
-    check_disjoint(request, texts)
+    target = make_plan(empty, request.settings, _smallest(request, space)).target
+    if "bytes" in request.search.costs and request.search.quantize:
+        Goal(bytes=1, quantize=request.search.quantize).resource(object())  # is there such a type?
+    texts = read_texts(request)
     place = Place(output, request.search.storage)
     place.check(
-        (request.model, request.settings.calibration, request.validation), request.overwrite
+        (request.model, request.settings.calibration, request.validation, request.heldout),
+        request.overwrite,
     )
     with _quiet(optuna):
         sampler = make_sampler(request.search, space, request.settings.seed)
-        study = place.open_study(sampler, make_pruner(request.search), request.overwrite)
-        _claim(study, _identity(request, space, plan.target, texts), output)
-        bench = _bench(request, space, texts, place, listener)
+        pruner = make_pruner(request.search)
+        study = place.open_study(sampler, pruner, request.overwrite, len(request.search.objective))
+        _claim(study, _identity(request, space, target, texts["validation"]), output)
+        bench = _bench(request, space, texts["validation"], place, listener)
+        bench.target, bench.written = target, written_dtype(request.settings, empty)
         _optimise(optuna, study, bench, request.search.trials, listener)
-        return write_outcome(request, bench, study, place)
+        return write_outcome(request, bench, study, place, texts["held-out"])
 
 
-def check_disjoint(request: SearchRequest, texts: list[str]) -> None:
-    """Raise CalibrationError with the first calibration document that the validation text holds."""
-    settings, overlap = request.settings, Overlap(texts)
-    documents = read_documents(settings.calibration, settings.text_column, settings.seed)
-    for number, document in zip(range(settings.max_documents), documents, strict=False):
-        if overlap.contains(document):
-            raise CalibrationError(
-                f"The validation text '{request.validation}' overlaps with the calibration text "
-                f"'{settings.calibration}': both hold \"{shortened(document, 100)}\" (document "
-                f"{number}). Take texts that share nothing."
-            )
+def _smallest(request: SearchRequest, space: Space) -> Goal:
+    """The smallest size that is asked for."""
+    if "sparsity" not in space:
+        return Goal(sparsity=request.sparsity, params=request.params)
+    if request.sparsity is not None or request.params is not None:
+        raise InvalidSettings(
+            "The space has sparsity, so that no other size can be asked for; got --sparsity or "
+            "--params. Leave one of them out."
+        )
+    return Goal(sparsity=greatest(space["sparsity"]))
 
 
 def _identity(request: SearchRequest, space, target: int, texts: list[str]) -> dict[str, Any]:
@@ -141,9 +143,14 @@ def _identity(request: SearchRequest, space, target: int, texts: list[str]) -> d
     settings = request.settings.model_dump(mode="json")
     for name in ("device", "device_map", "micro_batch_size", "gradient_checkpointing"):
         settings.pop(name)
-    how = request.search.model_dump(
-        include={"objective", "validation_window", "validation_windows", "describe"}
+    how: dict[str, Any] = request.search.model_dump(
+        include={"validation_window", "validation_windows", "describe"}
     )
+    how["objective"] = ",".join(request.search.objective)
+    if "bytes" in request.search.costs:
+        how["quantize"] = request.search.quantize
+    if "latency" in request.search.costs:
+        how |= request.search.model_dump(include={"prompt_tokens", "new_tokens"})
     return {
         "space": {name: of.record() for name, of in space.items()},
         "target": target,
@@ -158,7 +165,7 @@ def _claim(study: Any, identity: dict[str, Any], output: Path) -> None:
     """Raise InvalidSettings if the study is one of another search."""
     identity = json.loads(json.dumps(identity))
     known = study.user_attrs.get("search")
-    if known is None:
+    if known is None or not study.get_trials(deepcopy=False):
         study.set_user_attr("search", identity)
         return
     differ = [k for k in {**known, **identity} if known.get(k) != identity.get(k)]
@@ -177,30 +184,23 @@ def _bench(request: SearchRequest, space, texts, place: Place, listener: SearchL
         request.trust_remote_code,
     )  # fmt: skip
     anatomy = find_anatomy(model)
-    calibration = calibration_for(model, tokenizer, settings)
-    windows_PT = pool_windows(settings, calibration)
-    bench = Bench(
+    samples = Samples(
+        model, anatomy, tokenizer, settings, request.search, name=request.model, place=place,
+        on_pool=listener.on_pool,
+    )  # fmt: skip
+    for length in lengths_of(settings, space):
+        samples.calibration(build_settings(settings, window_length=length))
+    return Bench(
         model=model,
         tokenizer=tokenizer,
         anatomy=anatomy,
-        target=resolve_target(anatomy, request.sparsity, request.params),
+        target=0,
         settings=settings,
         search=request.search,
         space=space,
-        calibration=calibration,
+        samples=samples,
         validation=Validation(model, tokenizer, texts, request.search),
     )
-    if windows_PT is not None:
-        key = short_hash([request.model, settings.dtype, windows_PT.tolist()])
-        stored = place.stored_pool(key)
-        if stored is None:
-            axes = anatomy.of_kinds(method_named(settings.method).cuts)
-            pool = score_pool(model, anatomy, axes, windows_PT, listener.on_pool)
-            place.store_pool(key, pool.tensors())
-        else:
-            pool = Pool.of_tensors(stored)
-        bench.pool = pool
-    return bench
 
 
 def _optimise(optuna: Any, study: Any, bench: Bench, trials: int, listener: SearchListener) -> None:
@@ -213,14 +213,14 @@ def _optimise(optuna: Any, study: Any, bench: Bench, trials: int, listener: Sear
     def after(study: Any, trial: Any) -> None:
         is_done = trial.state == state.COMPLETE
         best = _best(study, state)
-        listener.on_trial(trial.number, trial.value if is_done else None, best)
+        listener.on_trial(trial.number, trial.values[0] if is_done else None, best)
         if trial.state == state.FAIL and best is None and len(reasons) >= FAILURES:
             study.stop()
 
     objective = _objective(optuna, bench, reasons)
     stop = optuna.study.MaxTrialsCallback(trials, states=ended)
     try:
-        if done < trials:
+        if done < trials and not _is_exhausted(study):
             study.optimize(objective, callbacks=[after, stop], catch=(AdaptPrunerError,))
     except KeyboardInterrupt:
         raise Interrupted(
@@ -234,20 +234,30 @@ def _optimise(optuna: Any, study: Any, bench: Bench, trials: int, listener: Sear
         )
 
 
+def _is_exhausted(study: Any) -> bool:
+    """Whether a grid has no point left that was not tried."""
+    is_exhausted = getattr(study.sampler, "is_exhausted", None)
+    return is_exhausted is not None and is_exhausted(study)
+
+
 def _best(study: Any, state: Any) -> float | None:
-    values = [t.value for t in study.get_trials(deepcopy=False, states=(state.COMPLETE,))]
+    """In quality."""
+    values = [t.values[0] for t in study.get_trials(deepcopy=False, states=(state.COMPLETE,))]
     return min(values, default=None)
 
 
-def _objective(optuna: Any, bench: Bench, reasons: list[str]) -> Callable[[Any], float]:
-    def objective(trial: Any) -> float:
+def _objective(optuna: Any, bench: Bench, reasons: list[str]) -> Callable[[Any], Any]:
+    def objective(trial: Any) -> float | tuple[float, ...]:
         began, value = time.perf_counter(), float("inf")
         values = {name: of.suggest(trial, name) for name, of in bench.space.items()}
         try:
             settings = bench.settings_of(values)
             if samples := getattr(settings, "samples", ()):
                 trial.set_user_attr("samples", list(samples))
-            for step, value in enumerate(bench.values_of(settings)):
+            target = bench.target_of(values)
+            if bench.search.costs:  # Optuna stops none of several objectives early
+                return tuple(bench.objectives_of(settings, target).values())
+            for step, value in enumerate(bench.values_of(settings, target)):
                 trial.report(value, step)
                 if step < 3 and trial.should_prune():
                     raise optuna.TrialPruned
