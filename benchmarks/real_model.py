@@ -32,6 +32,7 @@ from typing import Any
 DEFAULT_METHODS = "best,paper,uniform,magnitude,llm-pruner,flap,depth,slicegpt,minitron"
 OUTPUT = Path(__file__).parent / "results" / "real-model.json"
 WINDOW, WINDOWS = 512, 40
+MOST = 50
 
 
 def text_of(description: str) -> tuple[str, str]:
@@ -220,24 +221,32 @@ def main(argv: list[str]) -> None:
 
 
 def draw(file: Path, cells: list[dict[str, Any]]) -> None:
-    """Perplexity on the first text over the sparsity, a line per method."""
+    """Perplexity on the first text over the sparsity, a line per method. Cells of more than
+    `MOST` times the dense model's are left out: they would press all others into one line."""
+    from matplotlib.ticker import LogLocator
+
     from adapt_pruner.comparison.picture import COLOURS, MARKERS
     from adapt_pruner.report.pictures import make_figure, save_figure
 
     figure, (axis,) = make_figure(7.5, 4.2, 1)
     (dense,) = (cell for cell in cells if cell["method"] == "dense")
     name = next(iter(dense["perplexity"]))
-    methods = dict.fromkeys(cell["method"] for cell in cells if cell is not dense)
+    limit = MOST * dense["perplexity"][name]
+    cells = [c for c in cells if c is not dense and c["perplexity"][name] <= limit]
+    methods = dict.fromkeys(cell["method"] for cell in cells)
     for number, method in enumerate(methods):
         own = sorted((c for c in cells if c["method"] == method), key=lambda c: c["sparsity"])
         axis.plot(
-            [100 * cell["sparsity"] for cell in own],
-            [cell["perplexity"][name] for cell in own],
+            [100 * cell["sparsity"] for cell in [dense, *own]],
+            [cell["perplexity"][name] for cell in [dense, *own]],
             color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
             markersize=5, linewidth=2.2 if method == "best" else 1.2, label=method,
         )  # fmt: skip
     axis.axhline(dense["perplexity"][name], color="#222", linewidth=1, linestyle=":", label="dense")
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:,.4g}")
+    axis.yaxis.set_minor_formatter("")
     axis.set_xlabel("sparsity of the decoder layers, %")
     axis.set_ylabel(f"perplexity, {name}\n(lower is better)")
     axis.legend(frameon=False, fontsize=8, ncols=2)
