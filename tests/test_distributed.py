@@ -283,7 +283,7 @@ def test_sharded_model_is_gone_after_its_phase(request_, model, tmp_path):
             recovery=settings, sampler=SimpleNamespace(weights=[1.0]), _is_sharded=True,
             request=request_, progress=SimpleNamespace(step=0), _save=None, clock=run._Clock(),
             is_out_of_time=lambda: False, rate_at=lambda step: 1e-3, batch_tokens=32,
-            _log=lambda *args: None,
+            _log=lambda *args: None, masks=None,
         )  # fmt: skip
         ids = torch.randint(3, 90, (1, 16))
 
@@ -294,7 +294,7 @@ def test_sharded_model_is_gone_after_its_phase(request_, model, tmp_path):
         holder._step = step
         alive = [weakref.ref(holder.model)]
         alive += [weakref.ref(parameter) for parameter in holder.model.parameters()]
-        run.Run.train(holder, SimpleNamespace(end_step=1))  # type: ignore[arg-type]
+        run.Run.train(holder, SimpleNamespace(end_step=1, trains_masks=False))  # type: ignore[arg-type]
         return [reference() is None for reference in alive]
 
     for gone in in_processes(2, work, tmp_path):

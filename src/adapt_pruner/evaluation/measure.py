@@ -126,9 +126,9 @@ class _Run:
         if not suites and not names:
             return []
         harness = _import_harness()
-        of_suites = [[harness.Wanted.of_suite(b) for b in suite.benchmarks] for suite in suites]
+        of_suites = [[harness.WantedRow.of_suite(b) for b in suite.benchmarks] for suite in suites]
         wanted = [row for rows in of_suites for row in rows]
-        wanted += [harness.Wanted(name, (name,)) for name in names]
+        wanted += [harness.WantedRow(name, (name,)) for name in names]
         places = [Path(place).expanduser() for place in directories]
         scores: list[Score] = []
         with harness.load_tasks(wanted, places, self.settings) as rows:

@@ -269,7 +269,7 @@ def keep_masks(
 
 
 def _observers(settings: AdaPrunerSettings) -> list[Observer]:
-    needs = [Fisher]
+    needs: list[type[Observer]] = [Fisher]
     if settings.importance != WEIGHTED:
         needs = list(IMPORTANCES[settings.importance].needs)
     if settings.compensation == "refit" and Gram not in needs:

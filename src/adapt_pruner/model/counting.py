@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .axes import Axis, AxisKey, side
+from .axes import ATTENTION, LAYERS, MLP, Axis, AxisKey, side
 
 Term = tuple[int, tuple[AxisKey, ...]]
 """A number of entries and the axes whose sizes it is multiplied by."""
@@ -49,6 +49,7 @@ class ParameterCount:
                 self._terms(side(parameter, dim), slots[parameter][dim])
                 for dim in range(max(parameter.dim(), 1))
             ]
+            self._leave_with_sublayers(sides)
             self.sides[parameter] = sides
             for key in {key for terms in sides for _, keys in terms for key in keys}:
                 self.touched_by[key].append(len(self.tensors))
@@ -67,6 +68,23 @@ class ParameterCount:
             assert entries % whole == 0, f"{entries} entries do not divide over {keys}"
             terms.append((entries // whole, keys))
         return terms
+
+    def _leave_with_sublayers(self, sides: list[list[Term]]) -> None:
+        """A layer that loses its attention and its MLP is dropped, and with it a norm that serves
+        both (Phi, Cohere): there while either is, so attention + MLP - attention * MLP times."""
+        keys = {key for terms in sides for _, keys in terms for key in keys}
+        for layer in [key[0] for key in keys if key[1] == LAYERS]:
+            attention, mlp = (layer, ATTENTION), (layer, MLP)
+            if {attention, mlp} <= self.sizes.keys() and not keys & {attention, mlp}:
+                sides[0] = [
+                    term
+                    for count, own in sides[0]
+                    for term in (
+                        (count, (*own, attention)),
+                        (count, (*own, mlp)),
+                        (-count, (*own, attention, mlp)),
+                    )
+                ]
 
     def total(self, sizes: Mapping[AxisKey, int]) -> int:
         """Parameters of the whole model; axes that `sizes` does not name stay as they are."""
