@@ -47,7 +47,7 @@ def pruned(tmp_path_factory, text_file):
 def definitions(data: Path, output: Path) -> Path:
     """What lm-eval's command line needs to run the same tasks on the same files."""
     output.mkdir()
-    rows = [harness.Wanted(task, (task,)) for task in TASKS]
+    rows = [harness.WantedRow(task, (task,)) for task in TASKS]
     harness.write_local_tasks(rows, [data], output, EvaluationSettings())
     return output
 
@@ -169,7 +169,7 @@ class TestSuites:
                 for n in range(3)]  # fmt: skip
         task_items.write_rows(tmp_path / "truthfulqa_mc.validation.jsonl", rows)
         (benchmark,) = (b for b in SUITES["knowledge"].benchmarks if b.name == "TruthfulQA")
-        row = harness.Wanted.of_suite(benchmark)
+        row = harness.WantedRow.of_suite(benchmark)
         with harness.load_tasks([row], [tmp_path], EvaluationSettings()) as (loaded,):
             task = loaded.tasks["truthfulqa_mc1"]
             task.build_all_requests(limit=1, rank=0, world_size=1)
@@ -178,7 +178,7 @@ class TestSuites:
         assert context.count("Is ") == 2  # the shot and the question itself
 
     def test_every_task_of_the_suites_is_known_to_lm_eval_where_it_is_looked_for(self):
-        rows = [harness.Wanted.of_suite(b) for s in SUITES.values() for b in s.benchmarks]
+        rows = [harness.WantedRow.of_suite(b) for s in SUITES.values() for b in s.benchmarks]
         manager = harness._manager(rows)
         assert len(manager.all_tasks) < 200  # not all of lm-eval
         leaves = {b.name: len(list(harness._leaves(manager, b.tasks[0])))
@@ -235,7 +235,7 @@ class TestCache:
         assert (cached(), cached()) == (0, 1)
 
     def test_definition_of_the_task_belongs_to_the_key(self, data):
-        row = harness.Wanted("boolq", ("boolq",))
+        row = harness.WantedRow("boolq", ("boolq",))
         with harness.load_tasks([row], [data], EvaluationSettings()) as (loaded,):
             (task,) = loaded.tasks.values()
             before = harness.definition_of(task)
