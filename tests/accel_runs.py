@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,34 @@ def uninterrupted(llama, text_file, tmp_path_factory) -> Path:
         place,
     )
     return place
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run `work` in a fork; the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def kill_at(place: Any, name: str, call: int, before_it: bool) -> None:
+    """Make this process die at the given call of a function, before or after what it does."""
+    original, count = getattr(place, name), [0]
+
+    def deadly(*args, **kwargs):
+        count[0] += 1
+        if count[0] == call and before_it:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(place, name, deadly)

@@ -10,14 +10,22 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from accel_runs import assert_equal, closed_phases, finish, logged, weights, with_training
+from accel_runs import (
+    assert_equal,
+    closed_phases,
+    finish,
+    in_child,
+    kill_at,
+    logged,
+    weights,
+    with_training,
+)
 from adapt_pruner import load_model
 from adapt_pruner.errors import (
     Interrupted,
@@ -32,37 +40,6 @@ from adapt_pruner.run import evaluation_texts, measure
 from picomodels import build
 
 # Resume.
-
-
-def in_child(work: Callable[[], Any]) -> int:
-    """Run `work` in a fork; the signal that ended it, or 0."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
-def kill_at(place: Any, name: str, call: int, before_it: bool) -> None:
-    """Make this process die at the given call of a function, before or after what it does."""
-    original, count = getattr(place, name), [0]
-
-    def deadly(*args, **kwargs):
-        count[0] += 1
-        if count[0] == call and before_it:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if count[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(place, name, deadly)
 
 
 def half_a_file(tensors, file, *args) -> None:

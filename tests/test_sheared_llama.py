@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from accel_runs import assert_equal, finish, logged
+from accel_runs import assert_equal, finish, in_child, kill_at, logged
 from adapt_pruner import prune
 from adapt_pruner.allocate import masks as masks_module
 from adapt_pruner.allocate.masks import Masks, certain, gate, probability_above_zero
@@ -298,20 +297,12 @@ def test_killed_while_masks_train_it_goes_on_to_the_same_weights(
     sheared = replace(sheared, tokens=45 * 64)
     if not (tmp_path.parent / "whole").exists():
         finish(sheared, tmp_path.parent / "whole")
-    child = os.fork()
-    if child == 0:
-        original, count = training.PhaseTraining.step, [0]
 
-        def deadly(self, *args):
-            count[0] += 1
-            if count[0] == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *args)
-
-        training.PhaseTraining.step = deadly
+    def die():
+        kill_at(training.PhaseTraining, "step", step, before_it=True)
         run_accel(sheared, tmp_path / "killed")
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+    assert in_child(die) == signal.SIGKILL
     finish(sheared, tmp_path / "killed")
     assert_equal(tmp_path / "killed", tmp_path.parent / "whole")
 

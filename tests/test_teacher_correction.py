@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from accel_runs import assert_equal, finish, logged, weights, with_training
+from accel_runs import assert_equal, finish, in_child, kill_at, logged, weights, with_training
 from adapt_pruner import load_model
 from adapt_pruner.errors import InvalidSettings
 from adapt_pruner.recovery import accel as accelerating
@@ -59,20 +58,12 @@ def test_the_teacher_is_what_training_alone_makes_of_the_model(corrected, tmp_pa
 def test_killed_while_or_after_the_teacher_is_corrected(corrected, tmp_path, step):
     corrected = replace(corrected, save_steps=1)
     finish(corrected, tmp_path / "whole")
-    child = os.fork()
-    if child == 0:
-        original, count = training.PhaseTraining.step, [0]
 
-        def deadly(self, *args):
-            count[0] += 1
-            if count[0] == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *args)
-
-        training.PhaseTraining.step = deadly
+    def die():
+        kill_at(training.PhaseTraining, "step", step, before_it=True)
         run_accel(corrected, tmp_path / "killed")
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+    assert in_child(die) == signal.SIGKILL
     assert (tmp_path / "killed" / "corrected-teacher").exists()
     finish(corrected, tmp_path / "killed")
     assert_equal(tmp_path / "killed", tmp_path / "whole")
