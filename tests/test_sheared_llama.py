@@ -169,6 +169,7 @@ def test_random_masks_have_gradients_and_differ_from_pass_to_pass():
     masks = random_masks(find_anatomy(model)).float()
     masks.attach(find_anatomy(model))
     masks.train()
+    torch.manual_seed(0)  # else, one time in twenty, all of a few masks are clipped and have none
     one, other = (model(input_ids=TOKENS, use_cache=False).logits for _ in range(2))
     assert not torch.equal(one, other)
     one.sum().backward()
