@@ -199,6 +199,29 @@ class TestEmbeddedModel:
         assert find_anatomy(loaded).total_parameters == size_of(tmp_path / "demo")
 
 
+def test_demo_times_both_models_in_one_precision(cli, tokenizer, tmp_path, monkeypatch):
+    from adapt_pruner.evaluation import Speed
+
+    build("llama", torch.float16).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    seen = []
+
+    def timed(models):
+        seen.extend(model.dtype for model in models)
+        return [Speed(100, 10, 8, 8), Speed(150, 20, 8, 8, 1, 0.1, 1.5, 2.0)]
+
+    monkeypatch.setattr("adapt_pruner.evaluation.compare_speed", timed)
+    (tmp_path / "text.txt").write_text("a short story " * 50)
+    monkeypatch.setattr("adapt_pruner.run.EVALUATION_WINDOWS", 3)
+    done = cli(
+        "demo", "--model", tmp_path / "half", "-o", tmp_path / "out", "--windows", 4,
+        "--text", tmp_path / "text.txt",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert seen == [torch.float32, torch.float32]
+    assert "(1.50×)" in done.out
+
+
 class TestMobileLLM:
     """Checkpoints of MobileLLM come with remote code, which is not needed."""
 
