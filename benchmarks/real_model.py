@@ -223,10 +223,8 @@ def main(argv: list[str]) -> None:
 def draw(file: Path, cells: list[dict[str, Any]]) -> None:
     """Perplexity on the first text over the sparsity, a line per method. Cells of more than
     `MOST` times the dense model's are left out: they would press all others into one line."""
-    from matplotlib.ticker import LogLocator
-
     from adapt_pruner.comparison.picture import COLOURS, MARKERS
-    from adapt_pruner.report.pictures import make_figure, save_figure
+    from adapt_pruner.report.pictures import make_figure, save_figure, use_log_scale
 
     figure, (axis,) = make_figure(7.5, 4.2, 1)
     (dense,) = (cell for cell in cells if cell["method"] == "dense")
@@ -243,10 +241,7 @@ def draw(file: Path, cells: list[dict[str, Any]]) -> None:
             markersize=5, linewidth=2.2 if method == "best" else 1.2, label=method,
         )  # fmt: skip
     axis.axhline(dense["perplexity"][name], color="#222", linewidth=1, linestyle=":", label="dense")
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.yaxis.set_major_formatter("{x:,.4g}")
-    axis.yaxis.set_minor_formatter("")
+    use_log_scale(axis)
     axis.set_xlabel("sparsity of the decoder layers, %")
     axis.set_ylabel(f"perplexity, {name}\n(lower is better)")
     axis.legend(frameon=False, fontsize=8, ncols=2)

@@ -122,6 +122,22 @@ class TestFacts:
         edit(run / "run.json", measurements={}, protocol=None)
         assert "Its quality was not measured" in Page(render([read_run(run)])).said
 
+    def test_groups_of_layers_that_lost_none_are_there_too(self, run):
+        record = json.loads((run / "pruning.json").read_text())
+        (cut,) = record["edits"]
+        lost = {name: axis for name, axis in cut["axes"].items() if name.endswith("/kv-groups")}
+        (first, axis), *others = sorted(lost.items())
+        for name, _ in others:
+            del cut["axes"][name]
+        cut["axes"][first] = {**axis, "kept": axis["kept"][:1]}
+        (run / "pruning.json").write_text(json.dumps(record))
+        read = read_run(run)
+        layer, groups = int(first.split("/")[0]), axis["units"]
+        assert read.kept_groups[layer] == (groups, axis["kept"][:1])
+        whole = {i: kept for i, kept in read.kept_groups.items() if i != layer}
+        assert len(whole) == len(read.record.widths_before) - 1
+        assert set(map(str, whole.values())) == {str((groups, list(range(groups))))}
+
     def test_record_of_an_earlier_version(self, run):
         record = json.loads((run / "run.json").read_text())
         for key in ("protocol", "base_model", "layers_left"):

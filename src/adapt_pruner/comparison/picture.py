@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report.pictures import make_figure, save_figure
+from ..report.pictures import make_figure, save_figure, use_log_scale
 from .grid import MEAN_OVER_TEXTS
 from .table import Metric, Tables
 from .variants import Variant
@@ -120,16 +120,11 @@ def _errorbar(axis: Any, line: list[tuple[float, float, float]], number: int, la
 
 
 def _label(axis: Any, metric: Metric, label: str) -> None:
-    from matplotlib.ticker import LogLocator
-
     better = "higher" if metric.higher_is_better else "lower"
     percent = ", %" if metric.is_share else ""
     axis.set_ylabel(f"{label}{percent}\n({better} is better)", fontsize=9)
     if not metric.is_share:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:,.4g}")
-        axis.yaxis.set_minor_formatter("")
+        use_log_scale(axis)
 
 
 def _short(value: float, _: int) -> str:

@@ -100,3 +100,13 @@ def make_figure(
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, list(axes)
+
+
+def use_log_scale(axis: Any) -> None:
+    """Perplexities in equal ratios, written as plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:,.4g}")
+    axis.yaxis.set_minor_formatter("")

@@ -29,7 +29,7 @@ from ..limits import (
     Width,
     message_of,
 )
-from ..model.axes import KV_GROUPS
+from ..model.axes import ATTENTION, KV_GROUPS, LAYERS
 from ..model.checks import check_sizes
 from ..parsing import parse_json
 from ..result import PRUNING_FILE, Size, StepRecord
@@ -200,15 +200,22 @@ class _Pruning(BaseModel):
     edits: list[dict[str, Any]] = []
 
 
-def _kept_groups(file: Path) -> dict[int, tuple[int, list[int]]]:
-    """Layer -> how many KV groups it had, and which of them stayed."""
+def _kept_groups(
+    file: Path, widths_before: list[dict[str, int]]
+) -> dict[int, tuple[int, list[int]]]:
+    """Layer -> how many KV groups it had, and which of them stayed; nothing if all did."""
+    groups = [widths.get("num_key_value_heads", 0) for widths in widths_before]
+    found = {layer: (number, list(range(number))) for layer, number in enumerate(groups) if number}
     edits = edits_of_record(parse(_Pruning, file).model_dump())
-    found = {}
+    whole = dict(found)
     for name, axis in _checked(list[_Edit], edits[:1], file)[0].axes.items() if edits else ():
-        layer, _, kind = name.partition("/")
+        place, _, kind = name.partition("/")
+        layer = int(place)
         if kind == KV_GROUPS:
-            found[int(layer)] = (axis.units, axis.kept)
-    return found
+            found[layer] = (axis.units, axis.kept)
+        elif kind in (ATTENTION, LAYERS) and layer in found:
+            found[layer] = (found[layer][0], [])
+    return {} if found == whole else found
 
 
 @dataclass
@@ -252,11 +259,11 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    groups = _kept_groups(pruning) if pruning.is_file() else {}
     phases = directory / "phases.json"
     config = parse(dict[str, Any], directory / "config.json")
     check_sizes(str(directory), config)
     record = parse(RunRecord, directory / RUN_FILE)
+    groups = _kept_groups(pruning, record.widths_before) if pruning.is_file() else {}
     if beyond := [layer for layer in groups if layer >= len(record.widths_before)]:
         raise LoadingError(
             f"'{pruning}' tells of layer {beyond[0]}, but by {RUN_FILE} there are "

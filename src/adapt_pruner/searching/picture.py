@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..report.pictures import make_figure, save_figure
+from ..figures import short
+from ..report.pictures import make_figure, save_figure, use_log_scale
 
 NAMES = {
     "kl": "KL to the dense model, nats",
@@ -56,7 +57,8 @@ def draw_front(
                 linestyle="none", **style,
             )  # fmt: skip
         if quality == "perplexity":
-            axis.set_yscale("log")
+            use_log_scale(axis)
+        axis.xaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(NAMES.get(cost, cost))
         axis.set_ylabel(NAMES.get(quality, quality))
     axes[0].legend(frameon=False, fontsize=8, ncols=3)
