@@ -33,15 +33,11 @@ def command(
     output: Path, sparsity: float, seed: int, model: str, text: str, windows: int | None
 ) -> None:
     """Prune the small model that ships with the package, or another. Needs no hub and no GPU."""
-    from rich.markup import escape
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from ..allocate.target import resolve_target
     from ..data.calibration import EMBEDDED
-    from ..evaluation import compare_speed
     from ..methods import make_settings
     from ..model.anatomy import find_anatomy
-    from ..model.loading import EMBEDDED_MODEL, empty_model, load_model
+    from ..model.loading import EMBEDDED_MODEL, empty_model
     from ..result import PRUNING_FILE
     from ..run import Request, run_pruning
     from . import console
@@ -58,6 +54,20 @@ def command(
     with console.ProgressBar(quiet=False) as bar:
         result = run_pruning(request, output, bar)
     console.show_result(result)
+
+    _show_speed_and_words(model, output)
+    out.print(f"\nThe model, its card, run.json and pictures are in [bold]{output}[/]; ", end="")
+    out.print("report.html shows it all")
+
+
+def _show_speed_and_words(model: str, output: Path) -> None:
+    """What the model that was written is like to use, beside the dense one."""
+    from rich.markup import escape
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..evaluation import compare_speed
+    from ..model.loading import load_model
+    from .console import out
 
     out.print(f"\n[bold]2. Reload[/] {output} with plain transformers, and compare speed")
     dense = load_model(model, device="cpu")
@@ -78,5 +88,3 @@ def command(
         ids = one.generate(**inputs, max_new_tokens=40, do_sample=False)
         words = tokenizer.decode(ids[0], skip_special_tokens=True).split()
         out.print(f"[bold]{name:7}[/]{escape(' '.join(words))}", soft_wrap=True)
-    out.print(f"\nThe model, its card, run.json and pictures are in [bold]{output}[/]; ", end="")
-    out.print("report.html shows it all")
