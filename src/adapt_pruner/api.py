@@ -13,12 +13,12 @@ from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
 from .goal import GOAL_OPTIONS, Goal
-from .methods import PruningStep, Work, make_settings, method_named
+from .methods import PruningStep, Work, build_settings, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.edits import Edit, edit_of
 from .model.history import History
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
-from .settings import PruneSettings
+from .settings import AUTO, PruneSettings
 
 
 class Listener:
@@ -53,11 +53,13 @@ def prune(
         tokenizer: needed unless `calibration` is a `CalibrationData`, and for `bytes`.
         sparsity: share of the decoder layers' parameters to remove, in [0, 1); or
         params: parameters that the whole model may have; or another target of `Goal` in `options`:
-            `bytes` with `quantize`, or `kv_bytes`. All are met at or below, by less than one unit
-            (one multiple, uniform step or block of a quantised file, where those are asked for).
+            `bytes` with `quantize`; `kv_bytes`; `speedup`, or `latency` in seconds, with the
+            circumstances of `LatencySettings` or a `latency_table`. All are met at or below, by
+            less than one unit (one multiple, uniform step or block of a quantised file, where those
+            are asked for); times by the table.
         calibration: text to score on, see `load_calibration`; default: the settings' own.
         settings: all settings at once; or a `preset` and single settings in `options`, `method`
-            among them.
+            among them; multiple="auto" chooses by the same times.
         listener: hears of progress.
         group: processes of torch.distributed that each hold the whole model and all make this call:
             they share the calibration windows, the first one decides, and all end with the same
@@ -74,10 +76,19 @@ def prune(
     aims = {name: options.pop(name) for name in GOAL_OPTIONS & options.keys()}
     if settings is not None and options:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(options)}.")
+    is_auto = options.get("multiple") == AUTO
+    if is_auto:
+        del options["multiple"]
     settings = settings or make_settings(preset, **options)
     _check_in_memory(model)
     goal = Goal(sparsity=sparsity, params=params, **aims)
-    anatomy = find_anatomy(model, goal.resource(tokenizer))
+    if is_auto:
+        from .latency import choose_multiple
+
+        table = goal.times(model, settings, tokenizer, with_odd=True)
+        settings = build_settings(settings, multiple=choose_multiple(table))
+    measured_here = settings if group is None else None
+    anatomy = find_anatomy(model, goal.resource(tokenizer, model, measured_here))
     work = _work(anatomy, goal, tokenizer, calibration, settings)
     work.group = group
     return next(prune_to_sizes(work, tokenizer, listener))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..goal import TARGETS
+from ..goal import GOAL_OPTIONS
+from ..settings import AUTO
 from .export import quantize_option, show_export
 from .options import (
     MethodCommand,
@@ -19,6 +20,7 @@ from .options import (
     run_options,
     several_sizes,
 )
+from .times import show_timing, with_times
 
 if TYPE_CHECKING:
     from ..run import Request
@@ -29,6 +31,13 @@ RECIPE_KEYS = {
     "params": (int, str, list),
     "bytes": (int, str, list),
     "kv_bytes": (int, str, list),
+    "speedup": (float, int, list),
+    "latency": (str, list),
+    "latency_table": (str,),
+    "stage": (str,),
+    "batch_size": (int,),
+    "context": (int,),
+    "engine": (str,),
     "quantize": (str,),
     "preset": (str,),
     "evaluate": (str,),
@@ -55,6 +64,7 @@ def command(
     adapt-pruner prune ./my-model -o smaller --params 350M --calibration text.jsonl
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
     adapt-pruner prune ./my-model -o smaller.gguf --bytes 80MB --quantize Q4_K_M
+    adapt-pruner prune ./my-model -o smaller --speedup 1.5 --multiple auto
 
     Several sizes in one run take less time than runs of their own. In the middle of the way their
     quality differs by a few percent, to either side: docs/commands/prune.md has figures.
@@ -66,13 +76,17 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
+    is_auto = AUTO in (options["multiple"], said.get("multiple") if not options["multiple"] else "")
+    if is_auto:
+        options["multiple"], said = None, {k: v for k, v in said.items() if k != "multiple"}
     requests = _requests(model, said, options)
-    is_of_file = to_gguf or any(request.bytes is not None for request in requests.values())
+    is_of_file = to_gguf or any(request.is_of_file for request in requests.values())
     if options["quantize"] and not is_of_file:
         raise click.UsageError(
             "--quantize is for GGUF files: name one, -o smaller.gguf, or give --bytes."
         )
     console.hush_libraries()
+    requests = with_times(requests, is_auto, quiet)
     if dry_run:
         for request in requests.values():
             console.show_plan(plan_run(request))
@@ -86,6 +100,7 @@ def command(
         for place, result in run_pruning_to_sizes(list(requests.values()), outputs, bar):
             if not quiet:
                 console.show_result(result)
+                show_timing(result)
                 click.echo(f"written to {place}")
 
 
@@ -94,7 +109,7 @@ def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict
     recipe."""
     from ..run import Request, default_calibration
 
-    own = {key: options[key] for key in (*TARGETS, "quantize", "evaluate", "portable")}
+    own = {key: options[key] for key in (*GOAL_OPTIONS, "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
     options = {key: value for key, value in options.items() if key not in own}
     preset = options.pop("preset", None)
@@ -120,5 +135,6 @@ def _prune_to_gguf(requests: list[Request], output: Path, quiet: bool) -> None:
         result, exported = run_pruning_to_gguf(requests[0], output, bar)
     if not quiet:
         console.show_result(result)
+        show_timing(result)
         show_export(exported)
         click.echo("for a model card and a report, prune to a directory and export from it")

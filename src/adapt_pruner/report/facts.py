@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LoadingError
 from ..export.engines import Serving, limits, servings
-from ..figures import change, duration, figure, in_bytes, short, steps_of
+from ..figures import change, duration, figure, in_bytes, promise, short, steps_of
 from ..parsing import ParsingError, parse_yaml
 from .record import Run
 
@@ -125,6 +125,8 @@ def _sentences(run: Run, source: str) -> list[str]:
         f"{record.sparsity:.1%} of its decoder layers went, in {steps} and "
         f"{duration(record.seconds)}, with {trained} recovery training."
     )
+    if record.target and record.target.timing:
+        first += f" It is {promise(record.target.timing.model_dump())}."
     pair = record.measurements.get("perplexity")
     if pair is None:
         return [first, "Its quality was not measured in this run."]
