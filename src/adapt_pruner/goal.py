@@ -101,9 +101,7 @@ class Goal:
             LoadingError: if the table cannot be read.
             MissingExtra: if files of the kind asked for need a package that is not installed.
         """
-        if len(self.targets) > 1:
-            given = " and ".join(self.targets)
-            raise InvalidTarget(f"Give the target once: {EXAMPLES}; got {given}.")
+        self._check_once()
         if self.bytes is not None:
             from .export import FileBytes
 
@@ -132,6 +130,7 @@ class Goal:
         Other args, Raises: as `resource`."""
         from .latency import read_table, table_for
 
+        self._check_time(settings)
         asked = {k: v for k, v in self.circumstances.items() if k != "latency_table"}
         how = make_latency_settings(**asked)  # raises for values that cannot be
         if self.latency_table is not None:
@@ -146,6 +145,23 @@ class Goal:
             )
         engine = self._engine(how, model, settings, tokenizer)
         return table_for(model, engine, on_progress, with_odd)
+
+    def _check_time(self, settings: PruneSettings | None) -> None:
+        """Raise now what would be raised when all is measured."""
+        self._check_once()
+        if self.speedup is not None:
+            check_speedup(self.speedup)
+        if self.latency is not None and not 0 < self.latency <= LONGEST:
+            raise InvalidTarget(f"latency is a time above 0, such as 12ms; got {self.latency:g} s.")
+        if self.is_of_time and settings is not None and "hidden" in settings.cut:
+            from .latency.cost import hidden_is_cut
+
+            raise hidden_is_cut()
+
+    def _check_once(self) -> None:
+        if len(self.targets) > 1:
+            given = " and ".join(self.targets)
+            raise InvalidTarget(f"Give the target once: {EXAMPLES}; got {given}.")
 
     def _engine(
         self, how: LatencySettings, model: Any, settings: PruneSettings, tokenizer: Any
@@ -197,13 +213,8 @@ class Goal:
         the target is missing, malformed, or above what the model has."""
         most = next((v for name, v in self.targets.items() if name != "sparsity"), None)
         if self.speedup is not None:
-            check_speedup(self.speedup)
             most = int(anatomy.amount / self.speedup)
         if self.latency is not None:
-            if not 0 < self.latency <= LONGEST:
-                raise InvalidTarget(
-                    f"latency is a time above 0, such as 12ms; got {self.latency:g} s."
-                )
             most = round(self.latency * 1e9)
         return target_of(settings, anatomy, self.sparsity, most)
 

@@ -18,6 +18,7 @@ from .options import check_before, options_of
 
 if TYPE_CHECKING:
     from ..evaluation.bench import Cost
+    from ..evaluation.speed import Speed
 
 _OF_TABLE = [name for name in LatencySettings.model_fields if name != "batch_size"]
 
@@ -60,18 +61,12 @@ def command(
     from . import console
 
     console.hush_libraries()
-    of_table = {name: options.pop(name) for name in (*_OF_TABLE, "quantize")}
-    given = {name: value for name, value in of_table.items() if value is not None}
-    if given and table is None:
-        raise click.UsageError(
-            f"--{next(iter(given)).replace('_', '-')} is about a table of times: name its file, "
-            "--latency-table FILE."
-        )
+    given = _about_table(options, table)
+    if table and (len(models) > 1 or file):
+        raise click.UsageError("--latency-table is about one MODEL, and takes no --json.")
     settings = make_bench_settings(**{k: v for k, v in options.items() if v is not None})
     check_before(models, file or table, trust_remote_code)
     if table is not None:
-        if len(models) > 1 or file is not None:
-            raise click.UsageError("--latency-table is about one MODEL, and takes no --json.")
         _write_table(models[0], table, given, settings, trust_remote_code, quiet)
         return
     dtype = "stored" if settings.dtype == "auto" else settings.dtype
@@ -89,14 +84,27 @@ def command(
         rows = [{"model": name, "dtype": kind, **cost.as_dict()} for name, kind, cost in named]
         _write(file, settings, where, rows)
     show(models, costs)
-    speed = costs[0].speed
-    console.out.print(
-        f"{', '.join(sorted(set(dtypes)))}; {where}; batch {speed.batch_size}, prompt of "
-        f"{speed.prompt_tokens} tokens, {speed.new_tokens} new ones; medians of "
-        f"{settings.repetitions} rounds in turns",
-        style="dim",
-        soft_wrap=True,
+    kinds = ", ".join(sorted(set(dtypes)))
+    console.out.print(_how(settings, costs[0].speed, kinds, where), style="dim", soft_wrap=True)
+
+
+def _how(settings: BenchSettings, speed: Speed, dtypes: str, where: str) -> str:
+    return (
+        f"{dtypes}; {where}; batch {speed.batch_size}, prompt of {speed.prompt_tokens} tokens, "
+        f"{speed.new_tokens} new ones; medians of {settings.repetitions} rounds in turns"
     )
+
+
+def _about_table(options: dict[str, Any], table: Path | None) -> dict[str, Any]:
+    """Take out of the options those that say what a table is of, and return those given."""
+    named = {name: options.pop(name) for name in (*_OF_TABLE, "quantize")}
+    given = {name: value for name, value in named.items() if value is not None}
+    if given and table is None:
+        raise click.UsageError(
+            f"--{next(iter(given)).replace('_', '-')} is about a table of times: name its file, "
+            "--latency-table FILE."
+        )
+    return given
 
 
 def _write_table(

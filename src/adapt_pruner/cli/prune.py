@@ -66,8 +66,7 @@ def command(
     adapt-pruner prune ./my-model -o smaller.gguf --bytes 80MB --quantize Q4_K_M
     adapt-pruner prune ./my-model -o smaller --speedup 1.5 --multiple auto
 
-    Several sizes in one run take less time than runs of their own. In the middle of the way their
-    quality differs by a few percent, to either side: docs/commands/prune.md has figures.
+    Several sizes in one run take less time than runs of their own; docs/commands/prune.md has more.
     """
     from ..model.loading import is_gguf
     from ..run import plan_run, run_pruning_to_sizes
@@ -76,17 +75,15 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
-    is_auto = AUTO in (options["multiple"], said.get("multiple") if not options["multiple"] else "")
-    if is_auto:
-        options["multiple"], said = None, {k: v for k, v in said.items() if k != "multiple"}
+    is_auto, said = _is_auto(said, options)
     requests = _requests(model, said, options)
-    is_of_file = to_gguf or any(request.is_of_file for request in requests.values())
-    if options["quantize"] and not is_of_file:
+    if options["quantize"] and not (to_gguf or any(of.is_of_file for of in requests.values())):
         raise click.UsageError(
             "--quantize is for GGUF files: name one, -o smaller.gguf, or give --bytes."
         )
     console.hush_libraries()
-    requests = with_times(requests, is_auto, quiet)
+    outputs = [output / name for name in requests] if output and len(requests) > 1 else [output]
+    requests = with_times(requests, [] if dry_run else outputs, is_auto, quiet)
     if dry_run:
         for request in requests.values():
             console.show_plan(plan_run(request))
@@ -95,13 +92,21 @@ def command(
     if to_gguf:
         _prune_to_gguf(list(requests.values()), output, quiet)
         return
-    outputs = [output / name for name in requests] if len(requests) > 1 else [output]
     with console.ProgressBar(quiet) as bar:
         for place, result in run_pruning_to_sizes(list(requests.values()), outputs, bar):
             if not quiet:
                 console.show_result(result)
                 show_timing(result)
                 click.echo(f"written to {place}")
+
+
+def _is_auto(said: dict[str, Any], options: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether the multiple is to be chosen; then it is taken out of the options. Returns the recipe
+    without it, too."""
+    if (options["multiple"] or said.get("multiple")) != AUTO:
+        return False, said
+    options["multiple"] = None
+    return True, {name: value for name, value in said.items() if name != "multiple"}
 
 
 def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict[str, Request]:

@@ -96,10 +96,7 @@ class _TimeCost:
     def _check_hidden(self, sizes: Sizes) -> None:
         hidden = sizes.get((WHOLE_MODEL, HIDDEN), self.hidden)
         if torch.is_tensor(hidden) or hidden != self.hidden:
-            raise InvalidTarget(
-                "A table of times holds for one hidden size, so that hidden cannot be cut to a "
-                "target in time. Leave hidden out of --cut, or give --sparsity or --params."
-            )
+            raise hidden_is_cut()
 
     def _layer(self, layer: int, sizes: Sizes) -> Any:
         attends = sizes.get((layer, ATTENTION), 0)
@@ -117,6 +114,14 @@ class _TimeCost:
         if torch.is_tensor(width):
             return self.mlp_ns[width.clamp(max=last)] + (width - last).clamp(min=0) * self.slope
         return int(self.mlp_ns[min(width, last)]) + max(width - last, 0) * self.slope
+
+
+def hidden_is_cut() -> InvalidTarget:
+    """What to say where hidden dimensions are to go."""
+    return InvalidTarget(
+        "A table of times holds for one hidden size, so that hidden cannot be cut to a target in "
+        "time. Leave hidden out of --cut, take another method, or give --sparsity or --params."
+    )
 
 
 def check_kind(anatomy: Anatomy) -> None:
