@@ -185,7 +185,7 @@ def _open_vllm(directory: str, arguments: argparse.Namespace) -> Callable[[], Ti
     worker = subprocess.Popen(
         [*command, str(arguments.prompt), str(arguments.new)], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
     def answer() -> Any:

@@ -79,7 +79,7 @@ def prune(
     if settings is not None and options:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(options)}.")
     is_auto = options.get("multiple") == AUTO
-    settings = settings or make_settings(preset, **(options | ({"multiple": 1} if is_auto else {})))
+    settings = settings or make_settings(preset, **_with_a_number(options))
     _check_in_memory(model)
     here = settings if group is None else None  # several processes would measure several times
     if is_auto:
@@ -87,6 +87,11 @@ def prune(
     anatomy = find_anatomy(model, goal.resource(tokenizer, model, here))
     work = _work(anatomy, goal, tokenizer, calibration, settings, group)
     return next(prune_to_sizes(work, tokenizer, listener))
+
+
+def _with_a_number(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with a multiple that settings can have until it is chosen."""
+    return {**options, "multiple": 1} if options.get("multiple") == AUTO else options
 
 
 def _pop_aims(options: dict[str, Any]) -> dict[str, Any]:

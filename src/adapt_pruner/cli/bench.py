@@ -62,7 +62,7 @@ def command(
 
     console.hush_libraries()
     given = _about_table(options, table)
-    if table and (len(models) > 1 or file):
+    if table and (models[1:] or file):
         raise click.UsageError("--latency-table is about one MODEL, and takes no --json.")
     settings = make_bench_settings(**{k: v for k, v in options.items() if v is not None})
     check_before(models, file or table, trust_remote_code)

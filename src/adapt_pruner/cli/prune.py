@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def command(
             "--quantize is for GGUF files: name one, -o smaller.gguf, or give --bytes."
         )
     console.hush_libraries()
-    outputs = [output / name for name in requests] if output and len(requests) > 1 else [output]
+    outputs = _outputs(output, requests)
     requests = with_times(requests, [] if dry_run else outputs, is_auto, quiet)
     if dry_run:
         for request in requests.values():
@@ -98,6 +99,13 @@ def command(
                 console.show_result(result)
                 show_timing(result)
                 click.echo(f"written to {place}")
+
+
+def _outputs(output: Path | None, requests: Mapping[str, Request]) -> list[Path]:
+    """A place for what is made of each request."""
+    if output is None:
+        return []
+    return [output / name for name in requests] if len(requests) > 1 else [output]
 
 
 def _is_auto(said: dict[str, Any], options: dict[str, Any]) -> tuple[bool, dict[str, Any]]:

@@ -144,7 +144,7 @@ def _filled_cache(model: Any, batch: int, context: int) -> Any:
         if isinstance(attention, Skipped):
             attention(weight.new_zeros(batch, context, 1), past_key_values=cache)
             continue
-        shape = (batch, groups.get(i, config.num_attention_heads), context, head_dim)
+        shape: Any = (batch, groups.get(i, config.num_attention_heads), context, head_dim)
         cache.update(
             torch.randn(shape, dtype=weight.dtype, device=weight.device),
             torch.randn(shape, dtype=weight.dtype, device=weight.device),
