@@ -267,6 +267,14 @@ def outline(settings: DepthSettings, anatomy: Anatomy, target: int) -> Outline:
     return Outline([target] if target < anatomy.amount else [], _observers(settings))
 
 
+def check_phases(settings: DepthSettings, num_phases: int | None) -> None:
+    if settings.layers and num_phases != 1:
+        raise InvalidSettings(
+            "layers: the layers named go at once, and their numbers then mean others; take "
+            "--phases 1."
+        )
+
+
 METHOD = Method(
     run=depth,
     settings=DepthSettings,
@@ -277,4 +285,5 @@ METHOD = Method(
     presets=PRESETS,
     outline=outline,
     size=size_without_layers,
+    check_phases=check_phases,
 )

@@ -29,7 +29,7 @@ from ..model.edits import Cut
 from ..processes import add_up, copy_from_first, share_of
 from ..score.collect import micro_batch_size, prepared
 from ..settings import with_defaults
-from .base import Method, Outline, PruningStep, Work
+from .base import MaskTraining, Method, Outline, PruningStep, Work
 from .shaped import CAN_CUT, ShapedSettings, shapes_for, size_of_shape
 
 LARGEST_NORM = 1.0
@@ -185,4 +185,5 @@ METHOD = Method(
     needs="training",
     outline=outline,
     size=size_of_shape,
+    masks=MaskTraining(make_masks, share=lambda settings: settings.mask_share),
 )
