@@ -18,7 +18,7 @@ from adapt_pruner.methods import make_settings
 from adapt_pruner.methods.adapt_pruner import CAN_CUT
 from adapt_pruner.methods.base import limits_of
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.model.axes import CUTS
+from adapt_pruner.model.axes import CUTS, SUBLAYERS
 from adapt_pruner.model.edits import Cut, cut, edit_of
 from adapt_pruner.model.history import History
 from masking import mask
@@ -68,6 +68,22 @@ def test_parameters_of_any_mix_are_those_of_the_cut_model(model_type, seed):
     after = cut(model, keep)
     assert counted == after.total_parameters == model.num_parameters()
     assert torch.isfinite(logits_of(model, random_tokens())).all()
+
+
+@pytest.mark.parametrize("first", SUBLAYERS)
+@pytest.mark.parametrize("model_type", ["phi", "cohere2", "gpt_neox", "llama", "lfm2"])
+def test_a_layer_whose_sublayers_leave_one_after_the_other_is_counted(model_type, first):
+    """The second one takes with it what served both, and the layer."""
+    (second,) = set(SUBLAYERS) - {first}
+    model = build(model_type, torch.float32)
+    layers = {axis.layer for axis in find_anatomy(model).of_kinds({first})}
+    anatomy = cut(model, {(min(layers), first): torch.zeros(1, dtype=torch.bool)})
+    gone = (min(layers), second)
+    counted = anatomy.parameters({gone: 0})
+    before = anatomy.total_parameters - anatomy.parameters_of_layers[min(layers)]
+    after = cut(model, {gone: torch.zeros(1, dtype=torch.bool)})
+    assert counted == after.total_parameters == model.num_parameters()
+    assert (counted == before) == (len(after.layers) < len(anatomy.layers))
 
 
 # --- exact targets for combinations of what may be cut ------------------------------------------
