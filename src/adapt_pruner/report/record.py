@@ -172,6 +172,8 @@ class Phase(BaseModel):
 
     phase: Count
     tokens_before: TokenCount
+    tokens: TokenCount = 0
+    """That it trains on."""
     parameters: Count
     widths: list[Any]
     evaluation: dict[str, Figure] | None = None
@@ -259,7 +261,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    phases = directory / "phases.json"
+    training, phases = read_training(directory)
     config = parse(dict[str, Any], directory / "config.json")
     check_sizes(str(directory), config)
     record = parse(RunRecord, directory / RUN_FILE)
@@ -276,9 +278,20 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
         recipe=_text(recipe) if recipe.is_file() else "",
         config=config,
         kept_groups=groups,
-        training=_training_log(directory / "training.jsonl"),
-        phases=parse(list[Phase], phases) if phases.is_file() else [],
+        training=training,
+        phases=phases,
     )
+
+
+def read_training(directory: Path) -> tuple[list[TrainingStep], list[Phase]]:
+    """What the directory of a run of recovery training tells of it; empty of another.
+
+    Raises:
+        LoadingError: if a file is damaged.
+    """
+    file = directory / "phases.json"
+    phases = parse(list[Phase], file) if file.is_file() else []
+    return _training_log(directory / "training.jsonl"), phases
 
 
 def _training_log(file: Path) -> list[TrainingStep]:
