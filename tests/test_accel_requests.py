@@ -139,7 +139,7 @@ def test_a_method_that_counts_no_steps_cuts_in_phases(request_, tmp_path):
 
 def test_layers_that_are_named_go_in_one_phase(request_, tmp_path):
     settings = make_settings(method="depth", layers=(1,), window_length=12)
-    with pytest.raises(InvalidSettings, match="layers: .* go at once.* --phases 1"):
+    with pytest.raises(InvalidSettings, match=r"layers: .* go at once.* --phases 1"):
         run_accel(replace(request_, settings=settings, sparsity=None), tmp_path / "run")
 
 
@@ -226,6 +226,7 @@ def test_python_takes_settings_as_objects(request_, text_file, uninterrupted, tm
             )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_command_line(shared_cache, cli, llama, text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -18,7 +18,7 @@ QUICK = BenchSettings(prompt_tokens=16, new_tokens=2, repetitions=1)
 @pytest.fixture(scope="module")
 def costs(calibration) -> list[Cost]:
     dense, pruned = build("llama", torch.float32), build("llama", torch.float32)
-    prune(pruned, sparsity=0.5, calibration=calibration, steps=1)
+    prune(pruned, sparsity=0.5, calibration=calibration, steps=1, tuning_steps=1)
     return compare_costs([dense, pruned], QUICK)
 
 
