@@ -119,8 +119,8 @@ class TestCharts:
         page = render([read_run(run)])
         for colors in (LIGHT, DARK):
             assert all(f"--{name}: {color};" in page for name, color in colors.items())
-        drawn = re.findall(r'<polyline points="([^"]+)" class="curve"', page)[-1].split()
-        assert len(drawn) == len(curve.means)
+        drawn = re.findall(r'<polyline points="([^"]+)" class="curve"', page)
+        assert len(curve.means) in [len(points.split()) for points in drawn]
 
     def test_one_point_of_each(self):
         assert "A curve of 1 points" in str(charts.line("i", "t", "x", [(5.0, 2.0)]))

@@ -11,7 +11,7 @@ from ..settings import BenchSettings, make_bench_settings
 from .options import check_before, options_of
 
 if TYPE_CHECKING:
-    from ..evaluation.bench import Cost
+    from ..evaluation.bench import RunningCost
 
 
 @click.command("bench")
@@ -82,7 +82,7 @@ def _write(file: Path, settings: BenchSettings, device: str, models: list[dict[s
     write_json_atomically(file, content)
 
 
-def show(models: tuple[str, ...], costs: list[Cost]) -> None:
+def show(models: tuple[str, ...], costs: list[RunningCost]) -> None:
     """A column per model, and after each but the first what it gains over that."""
     from rich.table import Table
 

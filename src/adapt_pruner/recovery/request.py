@@ -10,7 +10,7 @@ from ..api import Listener
 from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
 from ..goal import TARGETS, Goal
-from ..limits import Budget, Hours, Loss, Rounds, Steps, checked_value
+from ..limits import Budget, Hours, LossValue, Rounds, Steps, checked_value
 from ..methods import method_named
 from ..result import PruningResult
 from ..settings import PruneSettings
@@ -105,7 +105,7 @@ _NUMBERS: dict[str, Any] = {
     "save_steps": Steps,
     "stop_after": Rounds,
     "max_hours": Hours,
-    "max_loss": Loss,
+    "max_loss": LossValue,
 }
 
 

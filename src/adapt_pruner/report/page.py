@@ -11,17 +11,17 @@ from markupsafe import Markup, escape
 from .. import __version__
 from ..figures import duration, figure
 from . import charts
-from .facts import Extras, Facts, Row, facts_of
-from .found import Found, read_found
-from .record import Run
+from .facts import Extras, FactRow, Facts, facts_of
+from .found import FoundSettings, read_found
+from .record import StoredRun
 from .series import (
     DARK,
-    IMPORTANCE,
+    IMPORTANCE_TITLE,
     LEAST,
     LIGHT,
     MOST,
     TOKENS,
-    TRAINING,
+    TRAINING_TITLE,
     columns_of,
     importance_of,
     training_of,
@@ -42,17 +42,17 @@ class Section:
     """What the template shows of one run."""
 
     id: str
-    run: Run
+    run: StoredRun
     facts: Facts
     heading: str
-    headline: list[Row]
+    headline: list[FactRow]
     charts: dict[str, Markup | None]
     extras: Extras
-    found: Found | None
+    found: FoundSettings | None
     """How a search found the run's settings, if one did."""
 
 
-def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
+def render(runs: Sequence[StoredRun], extras: Sequence[Extras] = ()) -> str:
     """Return the page of one run, or of several with a comparison at its top.
 
     Args:
@@ -78,7 +78,12 @@ def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
         sections=sections,
         generator=GENERATOR,
         colors={"light": LIGHT, "dark": DARK},
-        titles={"training": TRAINING, "importance": IMPORTANCE, "least": LEAST, "most": MOST},
+        titles={
+            "training": TRAINING_TITLE,
+            "importance": IMPORTANCE_TITLE,
+            "least": LEAST,
+            "most": MOST,
+        },
         overview=_overview(sections),
     )
 
@@ -92,7 +97,7 @@ def _code(sentence: str) -> Markup:
     )
 
 
-def _section(run: Run, id: str, extras: Extras) -> Section:
+def _section(run: StoredRun, id: str, extras: Extras) -> Section:
     facts = facts_of(run, extras)
     measured = bool(run.record.measurements or extras.scores)
     parts = ["size", *["quality"] * measured, *["speed"] * bool(extras.speed)]
@@ -108,7 +113,7 @@ def _section(run: Run, id: str, extras: Extras) -> Section:
     )
 
 
-def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
+def _charts(run: StoredRun, id: str, facts: Facts) -> dict[str, Markup | None]:
     record = run.record
     drawn: dict[str, Markup | None] = dict.fromkeys(CHARTS)
     units = columns_of(record.widths_before, record.widths_after)
@@ -129,7 +134,7 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
             ],
         )
     if importance := importance_of(record.steps):
-        drawn["importance"] = charts.heat_map(f"{id}-importance", IMPORTANCE, importance)
+        drawn["importance"] = charts.heat_map(f"{id}-importance", IMPORTANCE_TITLE, importance)
     sizes = [record.before.total, *(step.parameters for step in record.steps)]
     losses = [(size, step.loss) for size, step in zip(sizes, record.steps, strict=False)]
     if len(losses) > 2 and all(loss > 0 for _, loss in losses):
@@ -140,7 +145,7 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
     if len(run.training) > 1:
         curve = training_of(run.training, run.phases)
         drawn["training"] = charts.line(
-            f"{id}-training", TRAINING, TOKENS, curve.points, curve.cuts, smooth=curve.means
+            f"{id}-training", TRAINING_TITLE, TOKENS, curve.points, curve.cuts, smooth=curve.means
         )
     return drawn
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from .series import (
-    IMPORTANCE,
+    IMPORTANCE_TITLE,
     LAYER,
     LEAST,
     LIGHT,
@@ -33,7 +33,7 @@ def draw_all(directory: Path, result: PruningResult) -> dict[str, str]:
     drawn = {"widths.svg": ("Widths of each decoder layer before and after", draw_widths(result))}
     if importance_of(result.steps):
         drawn["layer_importance.svg"] = (
-            IMPORTANCE,
+            IMPORTANCE_TITLE,
             draw_layer_importance(result),
         )
     for name, (_, figure) in drawn.items():
@@ -80,7 +80,7 @@ def draw_layer_importance(result: PruningResult) -> Any:
 
     colors = [LIGHT["cool"], "white", LIGHT["warm"]]
     return draw_heat_map(
-        importance_of(result.steps), IMPORTANCE, STEP, f"{LEAST}  ←  →  {MOST}",
+        importance_of(result.steps), IMPORTANCE_TITLE, STEP, f"{LEAST}  ←  →  {MOST}",
         cmap=LinearSegmentedColormap.from_list("importance", colors), vmin=-1, vmax=1,
     )  # fmt: skip
 

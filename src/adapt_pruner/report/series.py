@@ -24,8 +24,8 @@ DARK = {
 """Colours by their role, on light screens and paper, and on dark screens."""
 
 LAYER, STEP, TOKENS = "decoder layer", "pruning step", "tokens trained on"
-IMPORTANCE = "Layer importance before each step"
-TRAINING = "Training loss over tokens, with the cuts"
+IMPORTANCE_TITLE = "Layer importance before each step"
+TRAINING_TITLE = "Training loss over tokens, with the cuts"
 LEAST, MOST = "changes its input less", "more"
 """Ends of the scale of importance, which runs from -1 to 1."""
 NUMBERED = 24

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..figures import short
 from .pictures import ACCENT, AFTER, BEFORE, draw_heat_map, make_figure, save_figure
-from .record import Phase, TrainingStep, read_training
-from .series import LIGHT, TOKENS, TRAINING, training_of
+from .record import StoredPhase, TrainingStep, read_training
+from .series import LIGHT, TOKENS, TRAINING_TITLE, training_of
 
 
 def draw_training(run: Path, pictures: Path) -> dict[str, str]:
@@ -21,7 +21,7 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
     if not log or not phases:
         return {}
     drawn = {
-        "training.svg": (TRAINING, draw_loss(log, phases)),
+        "training.svg": (TRAINING_TITLE, draw_loss(log, phases)),
         "phases.svg": ("MLP width of each decoder layer after each phase", draw_phases(phases)),
     }
     for name, (_, figure) in drawn.items():
@@ -29,7 +29,7 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
     return {name: description for name, (description, _) in drawn.items()}
 
 
-def draw_loss(log: Sequence[TrainingStep], phases: Sequence[Phase]) -> Any:
+def draw_loss(log: Sequence[TrainingStep], phases: Sequence[StoredPhase]) -> Any:
     """Above the loss per step and its running mean, below the parameters; cuts are dotted lines."""
     measured = [(phase, phase.evaluation) for phase in phases if phase.evaluation]
     figure, axes = make_figure(7.5, 4.4 + 1.6 * bool(measured), 2 + bool(measured))
@@ -61,7 +61,7 @@ def draw_loss(log: Sequence[TrainingStep], phases: Sequence[Phase]) -> Any:
     return figure
 
 
-def draw_phases(phases: Sequence[Phase]) -> Any:
+def draw_phases(phases: Sequence[StoredPhase]) -> Any:
     """Heat map: MLP neurons that each layer has left after each phase."""
     widths = [[layer["intermediate_size"] for layer in phase.widths] for phase in phases]
     return draw_heat_map(widths, "MLP neurons left after each phase", "phase", cmap="Blues", vmin=0)
