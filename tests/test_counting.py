@@ -13,6 +13,8 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from adapt_pruner import CalibrationData, prune
+from adapt_pruner.allocate.chains import Removal, build_chains
+from adapt_pruner.allocate.ranking import remove_ranked
 from adapt_pruner.allocate.target import resolve_target, smallest_size
 from adapt_pruner.methods import make_settings
 from adapt_pruner.methods.adapt_pruner import CAN_CUT
@@ -157,6 +159,21 @@ def test_coarse_targets_are_met_in_any_number_of_steps(what, steps, sparsity, se
     assert missed >= 0
     if missed >= finest:  # then nothing nearer is possible
         assert model.num_parameters() == nearest_possible(anatomy, limits.kinds, target)
+
+
+@pytest.mark.parametrize("seed", [22, 30, 141, 179, 320])
+def test_a_sublayer_that_is_too_much_is_given_back_for_groups_and_smaller_ones(seed):
+    """An MLP of 8 neurons costs less than a KV group, so what is finest cannot make up for it."""
+    generator = torch.Generator().manual_seed(seed)
+    anatomy = find_anatomy(build("llama", torch.float32, intermediate_size=8))
+    limits = limits_of(make_settings(cut=("kv-groups", "sublayers")), anatomy, CAN_CUT)
+    target = resolve_target(anatomy, 0.05 + 0.55 * float(torch.rand((), generator=generator)), None)
+    scores = {
+        axis.key: torch.rand(axis.num_units, generator=generator) for axis in limits.axes(anatomy)
+    }
+    removal = Removal(anatomy, build_chains(anatomy, scores, limits))
+    remove_ranked(removal, target)
+    assert 0 <= target - removal.amount < min(axis.unit_cost for axis in limits.axes(anatomy))
 
 
 # --- histories ----------------------------------------------------------------------------------
