@@ -16,7 +16,7 @@ demo-smollm2: $(VENV)/.installed-smollm2  ## a real model of 135M parameters, ab
 		--output demo-smollm2-run $(if $(TEXT),--text $(TEXT)) $(if $(WINDOWS),--windows $(WINDOWS))
 
 test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 check: $(VENV)/.installed-dev  ## lint, format, types
 	$(BIN)/ruff check src tests scripts benchmarks

@@ -15,11 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from adapt_pruner.methods import make_settings
-from adapt_pruner.recovery import finish as finishing
 from adapt_pruner.recovery.accel import run_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
-from adapt_pruner.report import pictures
 
 TRAINING = {
     "phases": 3, "sequence_length": 16, "batch_tokens": 64, "learning_rate": 3e-3, "repeat": True,
@@ -33,14 +31,7 @@ def shared_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def no_training_pictures(monkeypatch):
-    """They take half of the time; the run through the command line draws them."""
-    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
-    monkeypatch.setattr(finishing, "draw_training", lambda run, pictures: {})
-
-
-@pytest.fixture
-def request_(shared_cache, no_training_pictures, llama, text_file) -> AccelRequest:
+def request_(shared_cache, llama, text_file) -> AccelRequest:
     """Three phases of 2, 4 and 6 steps of 4 windows on the tiny Llama."""
     settings = make_settings(calibration=str(text_file), windows=4, window_length=12, steps=3)
     recovery = make_recovery_settings(**TRAINING)
@@ -81,7 +72,7 @@ def logged(place: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (place / "training.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(llama, text_file, tmp_path_factory) -> Path:
     """The directory of a run that nobody disturbed."""
     place = tmp_path_factory.mktemp("uninterrupted") / "run"

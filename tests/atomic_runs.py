@@ -9,15 +9,13 @@ import torch
 
 from adapt_pruner import PruningResult, prune
 from adapt_pruner.claims import write_record
-from adapt_pruner.report import pictures
 from picomodels import build
 
 
 @pytest.fixture
-def result(calibration, monkeypatch) -> PruningResult:
-    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
+def result(calibration) -> PruningResult:
     model = build("llama", torch.float32)
-    return prune(model, sparsity=0.3, calibration=calibration, steps=1)
+    return prune(model, sparsity=0.3, calibration=calibration, steps=1, tuning_steps=1)
 
 
 @pytest.fixture

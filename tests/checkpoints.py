@@ -25,7 +25,8 @@ READER = Path(__file__).with_name("reload_checkpoints.py")
 
 def pruned(model_type: str, calibration, dtype=torch.float32, **overrides) -> PruningResult:
     """A model whose layers lost different numbers of KV groups and neurons."""
-    settings = {"allocation": "adaptive", "steps": 4, "amplitude": 0.1, "sparsity": 0.38}
+    settings = {"allocation": "adaptive", "steps": 4, "amplitude": 0.1, "sparsity": 0.38,
+                "tuning_steps": 1}  # fmt: skip
     return prune(build(model_type, dtype), calibration=calibration, **{**settings, **overrides})
 
 
@@ -66,7 +67,7 @@ class Reading:
             assert torch.equal(self.found[name][output], expected), output
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def readings(calibration, tmp_path_factory) -> dict[str, Any]:
     """Models of all architectures, read back as plain, portable and uniform checkpoints."""
     with pytest.MonkeyPatch.context() as patch:

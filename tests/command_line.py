@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-TINY = ("--windows", 8, "--window-length", 12, "--steps", 2)
+from adapt_pruner.cli import main
+
+TINY = ("--windows", 8, "--window-length", 12, "--steps", 2, "--tuning-steps", 1)
 """Settings with which a picomodel is pruned in no time."""
 DENSE, IN_LAYERS, OTHER = 110_336, 93_888, 16_448
 """Parameters of the tiny Llama: 3 layers, hidden 64, 8 query / 4 KV heads, 96 neurons, biases."""
@@ -26,6 +32,51 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+class Fork:
+    """The command line in a fork of this process, which need not import anything again.
+
+    Args:
+        prepare: called in the fork before the command.
+        arguments: of the command.
+    """
+
+    def __init__(self, prepare: Callable[[], None], *arguments: object):
+        readers, writers = zip(os.pipe(), os.pipe(), strict=True)
+        self.id = os.fork()
+        if self.id == 0:
+            self._run(prepare, [str(argument) for argument in arguments], writers)
+        for writer in writers:
+            os.close(writer)
+        self.out, self.err = (os.fdopen(reader) for reader in readers)
+
+    def _run(self, prepare: Callable[[], None], arguments: list[str], writers: Any) -> None:
+        status = 1
+        try:
+            for number, writer in enumerate(writers, 1):
+                os.dup2(writer, number)
+                os.close(writer)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            prepare()
+            main(arguments)
+            status = 0
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for it. Returns its status, as subprocess has it, and what it said to stderr."""
+        with self.out, self.err:
+            self.out.read()
+            messages = self.err.read()
+        _, status = os.waitpid(self.id, 0)
+        return os.waitstatus_to_exitcode(status), messages
 
 
 def read(file: Path):

@@ -18,12 +18,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from accel_runs import no_training_pictures as no_training_pictures
 from accel_runs import request_ as request_
 from accel_runs import shared_cache as shared_cache
 from accel_runs import uninterrupted as uninterrupted
 from adapt_pruner import CalibrationData
 from adapt_pruner.cli import main
+from adapt_pruner.recovery import finish
+from adapt_pruner.report import pictures
 from atomic_runs import existing as existing
 from atomic_runs import result as result
 from checkpoints import llama_checkpoint as llama_checkpoint
@@ -93,6 +94,39 @@ def cli(capfd) -> Callable[..., Outcome]:
         return Outcome(status, *capfd.readouterr())
 
     return run
+
+
+SHARED = {
+    "readings": "checkpoints",
+    "llama_result": "checkpoints",
+    "uninterrupted": "accel",
+    "demo_run": "demo",
+    "alone": "distributed",
+    "cards": "cards",
+    "pruned": "pruned",
+    "place": "hub",
+    "home": "readers",
+    "file": "gguf",
+    "run_directory": "values",
+}
+"""Fixtures that take seconds -> the tests that one worker runs, so that they are made once."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = [name for name in getattr(item, "fixturenames", ()) if name in SHARED]
+        if names and item.config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(SHARED[names[0]]))
+
+
+@pytest.fixture(autouse=True)
+def _pictures_where_they_matter(request, monkeypatch):
+    """They take two thirds of a run on a picomodel: tests marked `pictures`, and fixtures that
+    several tests share, draw them."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
+        monkeypatch.setattr(finish, "draw_training", lambda run, pictures: {})
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,8 @@ class Workplace:
         return "" if round(sparsity, 1) in (0.1, 0.4) else f"sparsity {sparsity}"
 
     def cutting(self) -> list[object]:
-        return ["--calibration", self.text, "--windows", 4, "--window-length", 12, "--steps", 2]
+        return ["--calibration", self.text, "--windows", 4, "--window-length", 12, "--steps", 2,
+                "--tuning-steps", 1]  # fmt: skip
 
     def leftovers(self) -> list[str]:
         """Hidden files and directories that no finished run leaves."""

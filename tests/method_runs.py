@@ -10,7 +10,7 @@ from adapt_pruner.model.anatomy import find_anatomy
 from picomodels import random_tokens
 
 NEURON = 3 * 64 + 2  # parameters of one neuron of the tiny llama
-FEW_STEPS = {"best": {"steps": 3}, "paper": {"steps": 10}}
+FEW_STEPS = {"best": {"steps": 3, "tuning_steps": 1}, "paper": {"steps": 10}}
 
 
 def calibration_for(settings):

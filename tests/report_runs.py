@@ -17,7 +17,12 @@ def pruned(llama, text_file, tmp_path_factory) -> Path:
 
     directory = tmp_path_factory.mktemp("runs") / "tiny & <pruned>"
     settings = make_settings(
-        steps=3, windows=8, window_length=12, calibration=str(text_file), device="cpu"
+        steps=3,
+        windows=8,
+        window_length=12,
+        calibration=str(text_file),
+        device="cpu",
+        tuning_steps=1,
     )
     run_pruning(Request(str(llama), settings, sparsity=0.4, evaluate=str(text_file)), directory)
     return directory

@@ -18,7 +18,7 @@ from adapt_pruner.errors import (
     NonFiniteError,
     WritingError,
 )
-from adapt_pruner.methods import make_settings
+from adapt_pruner.methods import METHODS, make_settings
 from adapt_pruner.recovery import lora, state, training
 from adapt_pruner.recovery.accel import run_accel
 from adapt_pruner.recovery.estimate import plan_accel
@@ -121,6 +121,28 @@ def test_bad_requests(changes, message, request_, tmp_path):
         run_accel(replace(request_, **changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_plan(method, request_):
+    settings = make_settings(method=method, window_length=12, calibration="the training data")
+    recovery = make_recovery_settings(sequence_length=16, batch_tokens=64, repeat=True)
+    plan = plan_accel(replace(request_, settings=settings, recovery=recovery))
+    assert plan.phases[-1].phase.parameters <= plan.target < plan.before.total
+
+
+def test_a_method_that_counts_no_steps_cuts_in_phases(request_, tmp_path):
+    settings = make_settings(
+        method="ada-pruner", window_length=12, calibration=request_.settings.calibration
+    )
+    result = finish(replace(request_, settings=settings), tmp_path / "run")
+    assert result.after.total <= result.target < result.before.total
+
+
+def test_layers_that_are_named_go_in_one_phase(request_, tmp_path):
+    settings = make_settings(method="depth", layers=(1,), window_length=12)
+    with pytest.raises(InvalidSettings, match=r"layers: .* go at once.* --phases 1"):
+        run_accel(replace(request_, settings=settings, sparsity=None), tmp_path / "run")
+
+
 def test_windows_longer_than_the_model_reads(request_, tmp_path):
     long = with_training(request_, sequence_length=100, batch_tokens=100, phases=1)
     with pytest.raises(InvalidSettings, match=r"sequence_length: .* at most 64 tokens; got 100"):
@@ -204,6 +226,7 @@ def test_python_takes_settings_as_objects(request_, text_file, uninterrupted, tm
             )  # fmt: skip
 
 
+@pytest.mark.pictures
 def test_command_line(shared_cache, cli, llama, text_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from adapt_pruner.methods import make_settings
 from adapt_pruner.model import loading
 from adapt_pruner.run import Request, run_pruning
 from atomic_runs import is_untouched
+from command_line import Fork
 from picomodels import build, logits_of, random_tokens
 
 
@@ -37,49 +37,39 @@ def test_model_in_memory_survives_a_failed_save(result, tmp_path, monkeypatch):
     assert torch.equal(logits_of(loaded, random_tokens()), expected)
 
 
-RUN = """
-import os, resource, signal, sys
-from adapt_pruner import checkpoint
-from adapt_pruner.cli import main
+def suffer(mode: str) -> None:
+    """Let this process suffer `mode` while it writes."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where tests run in background
+    write_json = checkpoint.write_json
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
-mode, *arguments = sys.argv[1:]
-write_json = checkpoint.write_json
+    def write_and_suffer(*args):
+        write_json(*args)
+        if mode == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mode == "wait":
+            print("writing", flush=True)
+            signal.pause()
 
-def write_and_suffer(*args):
-    write_json(*args)
-    if mode == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if mode == "wait":
-        print("writing", flush=True)
-        signal.pause()
-
-checkpoint.write_json = write_and_suffer
-if mode == "limit":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-main(arguments)
-"""
+    checkpoint.write_json = write_and_suffer
+    if mode == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def start(mode: str, llama: Path, text_file: Path, output: Path) -> subprocess.Popen:
+def start(mode: str, llama: Path, text_file: Path, output: Path) -> Fork:
     """Prune in a process of its own, which suffers `mode` while it writes."""
     arguments = [
         "prune", llama, "-o", output, "--overwrite", "--sparsity", 0.1, "--steps", 1,
-        "--windows", 4, "--window-length", 12, "--calibration", text_file,
+        "--tuning-steps", 1, "--windows", 4, "--window-length", 12, "--calibration", text_file,
     ]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, mode, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Fork(lambda: suffer(mode), *arguments)
 
 
 def test_kill_in_the_middle_of_writing(llama, text_file, existing):
     """Nobody can tidy up after this; but nothing is lost, and nothing half-written is in place."""
     process = start("kill", llama, text_file, existing)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
+    assert process.end()[0] == -signal.SIGKILL
     left = [file.name for file in existing.parent.iterdir() if file != existing]
     assert sorted(name[:10] for name in left) == [".existing.", ".existing."]
     with claimed(existing):  # as the next run does
@@ -93,32 +83,30 @@ def test_kill_in_the_middle_of_writing(llama, text_file, existing):
 )
 def test_interrupt_in_the_middle_of_writing(llama, text_file, existing, number, says):
     process = start("wait", llama, text_file, existing)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
+    assert process.out.readline() == "writing\n"
     time.sleep(0.1)
-    process.send_signal(number)
-    _, messages = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
+    os.kill(process.id, number)
+    status, messages = process.end()
+    assert status == 128 + number
     assert messages.strip() == f"adapt-pruner: error: {says}; nothing was written."
     assert is_untouched(existing)
 
 
 def test_two_runs_into_one_directory(llama, text_file, tmp_path, cli):
     first = start("wait", llama, text_file, tmp_path / "out")
-    assert first.stdout is not None
-    assert first.stdout.readline() == "writing\n"
+    assert first.out.readline() == "writing\n"
     done = cli("prune", llama, "-o", tmp_path / "out", "--sparsity", 0.2)
     assert done.status == 1
     assert f"Another run is at work in '{tmp_path / 'out'}'" in done.err
-    first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=120)
+    os.kill(first.id, signal.SIGTERM)
+    first.end()
     assert not list(tmp_path.iterdir())
 
 
 def test_file_that_grows_beyond_a_limit(llama, text_file, existing):
     process = start("limit", llama, text_file, existing)
-    _, messages = process.communicate(timeout=120)
-    assert process.returncode == 1
+    status, messages = process.end()
+    assert status == 1
     assert messages.startswith(f"adapt-pruner: error: '{existing}' could not be written: ")
     assert "File too large" in messages
     assert "Traceback" not in messages

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adapt_pruner import prune
-from adapt_pruner.evaluation.bench import Cost, _LiveTensors, compare_costs
+from adapt_pruner.evaluation.bench import RunningCost, _LiveTensors, compare_costs
 from adapt_pruner.settings import BenchSettings
 from picomodels import PICO, build
 
@@ -16,9 +16,9 @@ QUICK = BenchSettings(prompt_tokens=16, new_tokens=2, repetitions=1)
 
 
 @pytest.fixture(scope="module")
-def costs(calibration) -> list[Cost]:
+def costs(calibration) -> list[RunningCost]:
     dense, pruned = build("llama", torch.float32), build("llama", torch.float32)
-    prune(pruned, sparsity=0.5, calibration=calibration, steps=1)
+    prune(pruned, sparsity=0.5, calibration=calibration, steps=1, tuning_steps=1)
     return compare_costs([dense, pruned], QUICK)
 
 

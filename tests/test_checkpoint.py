@@ -119,13 +119,13 @@ def test_model_card_says_the_sizes_and_how_to_load(llama_checkpoint, llama_resul
 def test_recipe_holds_target_and_settings(llama_checkpoint, llama_result):
     recipe = yaml.safe_load((llama_checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
     assert recipe.pop("params") == llama_result.target
-    assert recipe == {"allocation": "adaptive", "steps": 4, "amplitude": 0.1}
+    assert recipe == {"allocation": "adaptive", "steps": 4, "amplitude": 0.1, "tuning_steps": 1}
 
 
 def test_recipe_names_the_text_that_was_read(tokenizer, text_file):
     result = prune(
         build("llama", torch.float32), tokenizer, sparsity=0.1, calibration=text_file,
-        windows=4, window_length=12, steps=1,
+        windows=4, window_length=12, steps=1, tuning_steps=1,
     )  # fmt: skip
     assert result.record()["settings"]["calibration"] == str(text_file)
 

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_pruner import checkpoint, find_anatomy, load_model, prune, replay
 from adapt_pruner.errors import LoadingError
-from adapt_pruner.report import pictures
 from checkpoints import Reading, pruned, read
 from picomodels import VOCAB_SIZE, build, logits_of
 from picomodels import random_tokens as tokens
@@ -23,12 +22,6 @@ from reload_checkpoints import outputs
 
 def reload(directory: Path, **options):
     return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Pictures take longer than all the rest of a tiny run."""
-    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
 
 
 def test_config_survives_a_round_trip(llama_checkpoint, tmp_path):
@@ -52,7 +45,7 @@ def test_deep_copy_is_the_same_model(llama_checkpoint):
     assert torch.equal(logits_of(copy.deepcopy(model), tokens()), logits_of(model, tokens()))
 
 
-def test_layers_that_happen_to_be_alike(calibration, no_pictures, tmp_path):
+def test_layers_that_happen_to_be_alike(calibration, tmp_path):
     """Configurations of Llama and Gemma refuse 6 heads at hidden size 64 for the whole model."""
     result = pruned("llama", calibration, amplitude=0.0, sparsity=0.3)
     assert {widths["num_attention_heads"] for widths in result.widths_after} == {6}
@@ -61,9 +54,9 @@ def test_layers_that_happen_to_be_alike(calibration, no_pictures, tmp_path):
     assert torch.equal(logits_of(reload(tmp_path / "alike"), tokens()), expected)
 
 
-def test_tied_embeddings_are_written_once(calibration, no_pictures, tmp_path):
+def test_tied_embeddings_are_written_once(calibration, tmp_path):
     model = build("llama", torch.float32, tie_word_embeddings=True)
-    result = prune(model, sparsity=0.3, calibration=calibration, steps=2)
+    result = prune(model, sparsity=0.3, calibration=calibration, steps=2, tuning_steps=1)
     result.save(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
     loaded = reload(tmp_path / "tied")
@@ -71,7 +64,7 @@ def test_tied_embeddings_are_written_once(calibration, no_pictures, tmp_path):
     assert torch.equal(logits_of(loaded, tokens()), logits_of(model, tokens()))
 
 
-def test_shards(llama_result, no_pictures, tmp_path, monkeypatch):
+def test_shards(llama_result, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "MAX_SHARD_SIZE", "60KB")
     directory = llama_result.save(tmp_path / "shards")
     assert len(list(directory.glob("*.safetensors"))) > 3
@@ -109,7 +102,7 @@ def test_attention_implementation_can_be_changed(llama_checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft 0.21
-def test_lora_trains_and_merges(llama_checkpoint, no_pictures, tmp_path):
+def test_lora_trains_and_merges(llama_checkpoint, tmp_path):
     model = reload(llama_checkpoint)
     dense = copy.deepcopy(model)
     adapted = peft.get_peft_model(
@@ -129,11 +122,11 @@ def test_lora_trains_and_merges(llama_checkpoint, no_pictures, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "olmo2"])
-def test_pruned_model_is_pruned_again(readings, calibration, no_pictures, tmp_path, name):
+def test_pruned_model_is_pruned_again(readings, calibration, tmp_path, name):
     first = readings["home"] / "plain" / name
     before = read(first / "pruning.json")
     model = load_model(str(first))
-    result = prune(model, sparsity=0.05, calibration=calibration, steps=2)
+    result = prune(model, sparsity=0.05, calibration=calibration, steps=2, tuning_steps=1)
     assert result.before.total == before["after"]["total"]
     assert result.target - 500 < result.after.total <= result.target
     result.save(tmp_path / "again")
@@ -142,7 +135,7 @@ def test_pruned_model_is_pruned_again(readings, calibration, no_pictures, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "olmo2", "lfm2"])
-def test_replay_repeats_the_cut(calibration, no_pictures, tmp_path, name):
+def test_replay_repeats_the_cut(calibration, tmp_path, name):
     result = pruned(name, calibration, compensation="none", tuning_steps=0)
     directory = result.save(tmp_path / "cut")
     expected = logits_of(result.model, tokens())
@@ -202,9 +195,9 @@ class TestPortable:
             assert type(loaded).__module__.endswith(".modeling_pruned") == trust
 
     @pytest.mark.parametrize(("trust", "again"), [(False, False), (True, False), (True, True)])
-    def test_pruned_again(self, portable, calibration, no_pictures, tmp_path, trust, again):
+    def test_pruned_again(self, portable, calibration, tmp_path, trust, again):
         model = load_model(str(portable), trust_remote_code=trust)
-        result = prune(model, sparsity=0.2, calibration=calibration, steps=2)
+        result = prune(model, sparsity=0.2, calibration=calibration, steps=2, tuning_steps=1)
         directory = result.save(tmp_path / "again", portable=again)
         config = read(directory / "config.json")
         assert config["architectures"] == ["LlamaForCausalLM"]
@@ -242,7 +235,9 @@ def test_command_line_measures_what_it_writes(tokenizer, text_file, tmp_path):
 
     build("llama", torch.bfloat16).save_pretrained(tmp_path / "bf16")
     tokenizer.save_pretrained(tmp_path / "bf16")
-    settings = make_settings(windows=4, window_length=12, steps=1, calibration=str(text_file))
+    settings = make_settings(
+        windows=4, window_length=12, steps=1, tuning_steps=1, calibration=str(text_file)
+    )
     result = run_pruning(Request(str(tmp_path / "bf16"), settings, sparsity=0.3), tmp_path / "out")
     expected = logits_of(reload(tmp_path / "out"), tokens(length=48))
     assert torch.equal(logits_of(result.model, tokens(length=48)), expected)

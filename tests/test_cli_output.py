@@ -155,7 +155,7 @@ class TestDryRun:
 def demo_run(tmp_path_factory) -> Path:
     """The embedded model, pruned on the documentation of Python, in a process of its own."""
     output = tmp_path_factory.mktemp("demo") / "out"
-    quick = ("--windows", 32, "--steps", 2, "--max-documents", 200)
+    quick = ("--windows", 32, "--steps", 2, "--max-documents", 200, "--tuning-steps", 4)
     done = run("prune", "demo", "-o", output, "--sparsity", 0.3, *quick)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.endswith(f"written to {output}\n")

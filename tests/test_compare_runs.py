@@ -25,8 +25,8 @@ def request_of(llama, text_file, tmp_path):
     """A small comparison on the tiny Llama."""
 
     def make(**changes) -> ComparisonRequest:
-        overrides = {"steps": 1, "windows": 4, "window_length": 12, "device": "cpu",
-                     "calibration": str(text_file)}  # fmt: skip
+        overrides = {"steps": 1, "tuning_steps": 1, "windows": 4, "window_length": 12,
+                     "device": "cpu", "calibration": str(text_file)}  # fmt: skip
         values = {
             "model": str(llama),
             "variants": make_variants(["best", "random"], VARIANTS, (), overrides),
@@ -208,7 +208,7 @@ def compare(cli, llama, text_file, tmp_path):
         return cli(
             "compare", model, "-o", output or tmp_path / "out", "--cache-dir", tmp_path / "cache",
             "--calibration", text_file, "--windows", 4, "--window-length", 12, "--steps", 2,
-            "--device", "cpu", "--window", 64, "--limit", 3, *arguments,
+            "--tuning-steps", 1, "--device", "cpu", "--window", 64, "--limit", 3, *arguments,
         )  # fmt: skip
 
     return run

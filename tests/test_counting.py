@@ -13,12 +13,14 @@ from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from adapt_pruner import CalibrationData, prune
+from adapt_pruner.allocate.chains import Removal, build_chains
+from adapt_pruner.allocate.ranking import remove_ranked
 from adapt_pruner.allocate.target import resolve_target, smallest_size
 from adapt_pruner.methods import make_settings
 from adapt_pruner.methods.adapt_pruner import CAN_CUT
 from adapt_pruner.methods.base import limits_of
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.model.axes import CUTS
+from adapt_pruner.model.axes import CUTS, SUBLAYERS
 from adapt_pruner.model.edits import Cut, cut, edit_of
 from adapt_pruner.model.history import History
 from masking import mask
@@ -70,6 +72,22 @@ def test_parameters_of_any_mix_are_those_of_the_cut_model(model_type, seed):
     assert torch.isfinite(logits_of(model, random_tokens())).all()
 
 
+@pytest.mark.parametrize("first", SUBLAYERS)
+@pytest.mark.parametrize("model_type", ["phi", "cohere2", "gpt_neox", "llama", "lfm2"])
+def test_a_layer_whose_sublayers_leave_one_after_the_other_is_counted(model_type, first):
+    """The second one takes with it what served both, and the layer."""
+    (second,) = set(SUBLAYERS) - {first}
+    model = build(model_type, torch.float32)
+    layers = {axis.layer for axis in find_anatomy(model).of_kinds({first})}
+    anatomy = cut(model, {(min(layers), first): torch.zeros(1, dtype=torch.bool)})
+    gone = (min(layers), second)
+    counted = anatomy.parameters({gone: 0})
+    before = anatomy.total_parameters - anatomy.parameters_of_layers[min(layers)]
+    after = cut(model, {gone: torch.zeros(1, dtype=torch.bool)})
+    assert counted == after.total_parameters == model.num_parameters()
+    assert (counted == before) == (len(after.layers) < len(anatomy.layers))
+
+
 # --- exact targets for combinations of what may be cut ------------------------------------------
 
 COMBINATIONS = [
@@ -93,7 +111,7 @@ def test_targets_are_met_below_by_less_than_a_unit_of_the_finest_axis(
     finest = min(axis.unit_cost * axis.strata for axis in limits.axes(anatomy))
     steps = 1 if what == ("layers",) else 2  # lfm2's layers differ; one that is gone stays gone
     result = prune(
-        model, sparsity=0.35, calibration=calibration, cut=what, steps=steps,
+        model, sparsity=0.35, calibration=calibration, cut=what, steps=steps, tuning_steps=1,
         importance="activation-fisher", compensation="none",
     )  # fmt: skip
     assert 0 <= result.target - model.num_parameters() < finest
@@ -141,6 +159,21 @@ def test_coarse_targets_are_met_in_any_number_of_steps(what, steps, sparsity, se
     assert missed >= 0
     if missed >= finest:  # then nothing nearer is possible
         assert model.num_parameters() == nearest_possible(anatomy, limits.kinds, target)
+
+
+@pytest.mark.parametrize("seed", [22, 30, 141, 179, 320])
+def test_a_sublayer_that_is_too_much_is_given_back_for_groups_and_smaller_ones(seed):
+    """An MLP of 8 neurons costs less than a KV group, so what is finest cannot make up for it."""
+    generator = torch.Generator().manual_seed(seed)
+    anatomy = find_anatomy(build("llama", torch.float32, intermediate_size=8))
+    limits = limits_of(make_settings(cut=("kv-groups", "sublayers")), anatomy, CAN_CUT)
+    target = resolve_target(anatomy, 0.05 + 0.55 * float(torch.rand((), generator=generator)), None)
+    scores = {
+        axis.key: torch.rand(axis.num_units, generator=generator) for axis in limits.axes(anatomy)
+    }
+    removal = Removal(anatomy, build_chains(anatomy, scores, limits))
+    remove_ranked(removal, target)
+    assert 0 <= target - removal.amount < min(axis.unit_cost for axis in limits.axes(anatomy))
 
 
 # --- histories ----------------------------------------------------------------------------------

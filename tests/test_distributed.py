@@ -42,12 +42,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
-    monkeypatch.setattr(finishing, "draw_training", lambda run, pictures: {})
-
-
 @pytest.fixture(scope="module")
 def model(llama, tmp_path_factory) -> Path:
     """The tiny Llama, with a wish on how it generates."""
@@ -208,7 +202,9 @@ def pruned(rank: int, **options: Any) -> tuple[dict[str, torch.Tensor], Any]:
 
     found = build("llama", torch.float32)
     data = CalibrationData(random_tokens(20, 30), window_length=12, num_windows=8)
-    result = prune(found, sparsity=0.4, calibration=data, **{"steps": 2, **options})
+    result = prune(
+        found, sparsity=0.4, calibration=data, **{"steps": 2, "tuning_steps": 2, **options}
+    )
     return found.state_dict(), result.widths_after
 
 

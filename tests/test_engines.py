@@ -122,7 +122,9 @@ def cards(calibration, tmp_path_factory) -> dict[str, str]:
             ("uniform", "uniform", False),
         ):
             model = build("llama", torch.float32)
-            result = prune(model, calibration=calibration, sparsity=0.3, steps=2, layout=layout)
+            result = prune(
+                model, calibration=calibration, sparsity=0.3, steps=2, tuning_steps=1, layout=layout
+            )
             result.save(home / name, portable=portable)
     return {
         **{d.name: (d / "README.md").read_text(encoding="utf-8") for d in home.iterdir()},
@@ -156,9 +158,13 @@ class TestCard:
 
     def test_page_quotes_as_well(self, cards, calibration, tmp_path, monkeypatch):
         monkeypatch.setattr(pictures, "draw_all", lambda directory, result: {})
-        prune(build("llama", torch.float32), calibration=calibration, sparsity=0.2, steps=1).save(
-            tmp_path / "a b"
-        )
+        prune(
+            build("llama", torch.float32),
+            calibration=calibration,
+            sparsity=0.2,
+            steps=1,
+            tuning_steps=1,
+        ).save(tmp_path / "a b")
         write_page(tmp_path / "a b")
         page = (tmp_path / "a b" / "report.html").read_text(encoding="utf-8")
         assert "-o &#39;a b&#39;" in page

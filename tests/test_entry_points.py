@@ -66,7 +66,8 @@ def test_a_foreign_method_prunes_with_a_foreign_importance(run, llama, text_file
     run(
         "-m", "adapt_pruner", "prune", llama, "-o", out, "--sparsity", 0.2,
         "--method", "foreign-method", "--importance", "foreign-importance", "--cut", "neurons",
-        "--steps", 1, "--windows", 4, "--window-length", 12, "--calibration", text_file,
+        "--steps", 1, "--tuning-steps", 1, "--windows", 4, "--window-length", 12,
+        "--calibration", text_file,
     )  # fmt: skip
     record = json.loads((out / "pruning.json").read_text())
     assert record["settings"]["method"] == "foreign-method"

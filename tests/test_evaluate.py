@@ -39,7 +39,14 @@ def pruned(tmp_path_factory, text_file):
     """The embedded model with a third of it gone, in memory and in a directory."""
     model, tokenizer = load_model("demo"), load_tokenizer("demo")
     result = prune(
-        model, tokenizer, sparsity=0.3, calibration=text_file, windows=4, window_length=16, steps=1
+        model,
+        tokenizer,
+        sparsity=0.3,
+        calibration=text_file,
+        windows=4,
+        window_length=16,
+        steps=1,
+        tuning_steps=1,
     )
     return result, result.save(tmp_path_factory.mktemp("pruned") / "smaller")
 

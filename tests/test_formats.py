@@ -8,7 +8,7 @@ import pytest
 
 from adapt_pruner.data.formats import ChatTemplate, TemplateRefusal, detect
 from adapt_pruner.data.overlap import Overlap
-from adapt_pruner.data.reading import Record, read_rows
+from adapt_pruner.data.reading import DataRow, read_rows
 from adapt_pruner.errors import DataError
 from conftest import character_tokenizer
 
@@ -64,7 +64,7 @@ class TestFormats:
         ],
     )  # fmt: skip
     def test_detected(self, row, format, columns):
-        layout = detect(Record(row, ""), "a")
+        layout = detect(DataRow(row, ""), "a")
         assert layout.format == format
         assert list(layout.columns.values()) == columns
 
@@ -91,19 +91,19 @@ class TestFormats:
                 assert document.text.endswith(answer)
 
     def test_instruction(self):
-        row = Record({"instruction": "Add.", "input": " 1 2 ", "output": "3", "system": "Be."}, "")
+        row = DataRow({"instruction": "Add.", "input": " 1 2 ", "output": "3", "system": "Be."}, "")
         (document,) = detect(row, "a").documents(row, "a", with_template(CHATML))
         assert document.text == "<system>Be.</s><user>Add.\n\n1 2</s><assistant>3</s>"
         assert answers_in(document) == ["3</s>"]
 
     def test_optional_column_that_the_first_row_lacks(self):
-        layout = detect(Record({"instruction": "a", "output": "b"}, ""), "a")
-        row = Record({"instruction": "Add.", "context": "1 2", "output": "3"}, "")
+        layout = detect(DataRow({"instruction": "a", "output": "b"}, ""), "a")
+        row = DataRow({"instruction": "Add.", "context": "1 2", "output": "3"}, "")
         (document,) = layout.documents(row, "a", with_template(CHATML))
         assert "Add.\n\n1 2" in document.text
 
     def test_prompt_and_response_stand_as_they_are(self):
-        row = Record({"prompt": "a: ", "response": "b "}, "")
+        row = DataRow({"prompt": "a: ", "response": "b "}, "")
         (document,) = detect(row, "a").documents(row, "a", with_template(None))
         assert (document.text, document.answers) == ("a: b ", ((3, 5),))
 
@@ -116,15 +116,15 @@ class TestFormats:
         ],
     )  # fmt: skip
     def test_blank_rows_are_passed_over(self, row):
-        blank = Record(row, "")
+        blank = DataRow(row, "")
         assert detect(blank, "a").documents(blank, "a", with_template(CHATML)) == []
 
     def test_named_columns(self):
-        row = Record({"body": "a", "text": "b"}, "")
+        row = DataRow({"body": "a", "text": "b"}, "")
         layout = detect(row, "a", columns={"text": "body"})
         assert (layout.format, layout.columns) == ("text", {"text": "body"})
         layout = detect(
-            Record({"q": "a", "a": "b"}, ""), "a", columns={"prompt": "q", "response": "a"}
+            DataRow({"q": "a", "a": "b"}, ""), "a", columns={"prompt": "q", "response": "a"}
         )
         assert layout.format == "prompt-response"
 
@@ -138,7 +138,7 @@ class TestFormats:
     )
     def test_columns_that_do_not_exist(self, row, format, columns, says):
         with pytest.raises(DataError, match=says):
-            detect(Record(row, "line 1"), "a", format, columns)
+            detect(DataRow(row, "line 1"), "a", format, columns)
 
     @pytest.mark.parametrize(
         ("row", "says"),
@@ -148,19 +148,19 @@ class TestFormats:
         ],
     )
     def test_row_unlike_the_first(self, row, says):
-        layout = detect(Record({"text": "a"}, ""), "a")
+        layout = detect(DataRow({"text": "a"}, ""), "a")
         with pytest.raises(DataError, match=says):
-            layout.documents(Record(row, "'b' line 7"), "a", with_template(None))
+            layout.documents(DataRow(row, "'b' line 7"), "a", with_template(None))
 
     @pytest.mark.parametrize(
         "messages",
         ["Hello.", ["Hello."], [{"role": "user", "content": 1}], [{"content": "Hello."}]],
     )
     def test_messages_that_are_none(self, messages):
-        layout = detect(Record({"messages": []}, ""), "a")
+        layout = detect(DataRow({"messages": []}, ""), "a")
         with pytest.raises(DataError, match=r"'b' line 7: .*message.* must"):
             layout.documents(
-                Record({"messages": messages}, "'b' line 7"), "a", with_template(CHATML)
+                DataRow({"messages": messages}, "'b' line 7"), "a", with_template(CHATML)
             )
 
 
@@ -198,7 +198,7 @@ class TestChat:
 
     def test_sharegpt(self):
         turns = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Hi."}]
-        row = Record({"conversations": turns}, "")
+        row = DataRow({"conversations": turns}, "")
         (document,) = detect(row, "a").documents(row, "a", with_template(CHATML))
         assert document.text == "<user>Hello.</s><assistant>Hi.</s>"
 

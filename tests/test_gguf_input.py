@@ -63,7 +63,8 @@ def test_commands_take_files(cli, file, text_file, tmp_path):
     assert outcome.status == 0, outcome.err
     outcome = cli("evaluate", file, "--text", text_file, "--cache-dir", tmp_path / "c", "-q")
     assert outcome.status == 0, outcome.err
-    options = ("--sparsity", 0.2, "--calibration", text_file, "--windows", 8, "--steps", 1, "-q")
+    options = ("--sparsity", 0.2, "--calibration", text_file, "--windows", 8, "--steps", 1, "-q",
+               "--tuning-steps", 1)  # fmt: skip
     outcome = cli("prune", file, "-o", tmp_path / "smaller", *options)
     assert outcome.status == 0, outcome.err
     config = json.loads((tmp_path / "smaller" / "config.json").read_text())

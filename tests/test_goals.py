@@ -148,8 +148,9 @@ def test_the_file_has_the_bytes_asked_for(values, quantize, share, tmp_path):
     model = small(**BARE)
     dense = written(model, quantize, tmp_path)
     target = round(share * dense)
+    quick = {} if "method" in values else {"steps": 2, "tuning_steps": 1}
     result = prune(model, TOKENIZER, bytes=target, quantize=quantize, calibration=CALIBRATION,
-                   **values)  # fmt: skip
+                   **quick, **values)  # fmt: skip
     found = written(result, quantize, tmp_path)
     assert found <= result.reached <= target
     assert result.reached - found <= RESERVE + 250
@@ -163,7 +164,8 @@ def test_more_is_kept_than_by_the_same_share_of_parameters(tmp_path):
     model = small(**BARE)
     anatomy = find_anatomy(model, FileBytes("Q8_0", TOKENIZER))
     target = anatomy.amount - 7_000
-    result = prune(model, TOKENIZER, bytes=target, quantize="Q8_0", calibration=CALIBRATION)
+    result = prune(model, TOKENIZER, bytes=target, quantize="Q8_0", calibration=CALIBRATION,
+                   steps=2, tuning_steps=1)  # fmt: skip
     widths = [layer["intermediate_size"] for layer in result.widths_after]
     assert all(width % 32 == 0 for width in widths)
 
@@ -172,7 +174,7 @@ class TestCache:
     def test_is_that_of_the_model(self):
         model = build("qwen2", torch.bfloat16, use_sliding_window=False, layer_types=None)
         assert find_anatomy(model, CacheBytes()).amount == _kv_bytes_per_token(model)
-        result = prune(model, kv_bytes=200, calibration=CALIBRATION)
+        result = prune(model, kv_bytes=200, calibration=CALIBRATION, steps=2, tuning_steps=1)
         # A group of a layer takes a key and a value of 8 numbers, 2 bytes each. Six of 12 stay.
         assert result.reached == _kv_bytes_per_token(result.model) == 192
         assert {layer["intermediate_size"] for layer in result.widths_after} == {96}

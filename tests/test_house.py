@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,31 @@ def test_source(find):
     }
     found = {str(file.relative_to(SOURCE)): find(tree) for file, tree in trees.items()}
     assert {file: places for file, places in found.items() if places} == {}
+
+
+OF_EACH = {"METHOD", "PRESETS", "CAN_CUT", "RECIPE_KEYS", "T", "outline", "command", "show"}
+"""Names that several modules give to the same thing of theirs: its row, its command."""
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """What a module defines for others: classes, functions, constants, names of types."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for name in targets if isinstance(name, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_a_name_means_one_thing():
+    places = defaultdict(list)
+    for file in sorted(SOURCE.rglob("*.py")):
+        for name in names_of(ast.parse(file.read_text(encoding="utf-8"))):
+            places[name].append(str(file.relative_to(SOURCE)))
+    several = {name: files for name, files in places.items() if len(files) > 1}
+    assert {name: files for name, files in several.items() if name not in OF_EACH} == {}
 
 
 def test_what_is_too_long_is_found():

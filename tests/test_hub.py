@@ -27,7 +27,8 @@ ACCEL = (
     "--tokens", "1280", "--sparsity", "0.3", "--phases", "2", "--batch-tokens", "64",
     "--sequence-length", "16", "--windows", "4", "--window-length", "12", "--alpha", "0",
 )  # fmt: skip
-PRUNE = ("--sparsity", "0.3", "--windows", "4", "--window-length", "12", "--steps", "2")
+PRUNE = ("--sparsity", "0.3", "--windows", "4", "--window-length", "12", "--steps", "2",
+         "--tuning-steps", "1")  # fmt: skip
 
 SERVE = """
 import contextlib, io, json, os, sys, time

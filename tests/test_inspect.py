@@ -81,7 +81,7 @@ def test_impossible_targets_are_marked():
 
 def test_pruned_model_has_widths_per_layer(calibration):
     model = build("llama", torch.float32)
-    result = prune(model, sparsity=0.4, calibration=calibration, steps=1)
+    result = prune(model, sparsity=0.4, calibration=calibration, steps=1, tuning_steps=1)
     found = inspect_model(model)
     assert found.widths == result.widths_after
     assert found.total == result.after.total
@@ -111,7 +111,9 @@ class TestCommand:
 
     def test_layers_of_different_width(self, cli, calibration, tmp_path, tokenizer):
         model = build("llama", torch.float32)
-        result = prune(model, tokenizer, sparsity=0.4, calibration=calibration, steps=1)
+        result = prune(
+            model, tokenizer, sparsity=0.4, calibration=calibration, steps=1, tuning_steps=1
+        )
         done = cli("inspect", result.save(tmp_path / "smaller"))
         lines = [line.split() for line in done.out.splitlines()]
         for layer, widths in enumerate(result.widths_after):

@@ -13,7 +13,7 @@ from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, InvalidTarget
 from adapt_pruner.goal import Goal
 from adapt_pruner.latency import Latency, engines, measuring, read_table, write_table
 from adapt_pruner.latency.engines import LlamaCppEngine, TorchEngine
-from adapt_pruner.latency.measuring import circumstances_of, measure, measured_speedup
+from adapt_pruner.latency.measuring import circumstances_of, measure_times, measured_speedup
 from adapt_pruner.model.anatomy import find_anatomy
 from adapt_pruner.model.edits import cut
 from adapt_pruner.recovery.materials import limited_by
@@ -136,14 +136,16 @@ class TestMeasuring:
         (stored,) = (tmp_path / "latency").glob("*.json")
         assert read_table(stored) == made
         measuring._measured.clear()
-        monkeypatch.setattr(measuring, "measure", None)  # what is stored is not measured again
+        monkeypatch.setattr(
+            measuring, "measure_times", None
+        )  # what is stored is not measured again
         assert measuring.table_for(model, engine) == made
 
     def test_a_model_of_unequal_layers(self):
         model = build("llama", torch.float32)
         cut(model, {(0, "neurons"): torch.arange(96) < 40, (1, "attention"): torch.tensor([False])})
         engine = TorchEngine(LatencySettings(context=16), torch.float32, "cpu")
-        made = measure(find_anatomy(model), engine)
+        made = measure_times(find_anatomy(model), engine)
         self.check(made, find_anatomy(model))
         found = measured_speedup(build("llama", torch.float32), model, Latency(made), engine, 1)
         assert min(found.speedup, found.promised_speedup, found.ms) > 0
@@ -153,7 +155,7 @@ class TestMeasuring:
         model = build("llama", torch.float32, vocab_size=VOCABULARY, **BARE)
         how = LatencySettings(context=16, engine="llama.cpp", batch_size=2)
         engine = LlamaCppEngine(how, "Q8_0", byte_tokenizer())
-        made = measure(find_anatomy(model), engine)
+        made = measure_times(find_anatomy(model), engine)
         self.check(made, find_anatomy(model))
         assert (made.dtype, made.width_block, made.engine) == ("Q8_0", 32, "llama.cpp")
 
@@ -241,7 +243,7 @@ class TestCommand:
         assert not (tmp_path / "no").exists()
 
     def test_bench_writes_a_table(self, cli, llama, tmp_path, monkeypatch):
-        monkeypatch.setattr(measuring, "measure", lambda *args: table())
+        monkeypatch.setattr(measuring, "measure_times", lambda *args: table())
         file = tmp_path / "table.json"
         done = cli("bench", llama, "--latency-table", file, "--context", 32)
         assert (done.status, done.err) == (0, "")

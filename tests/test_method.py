@@ -89,7 +89,9 @@ def test_a_target_below_what_is_possible_changes_nothing():
 def test_the_smallest_model_possible_can_be_asked_for(preset):
     model = build("llama", torch.float32)
     # Such an amplitude can keep a layer whole for ever; then the ranking takes over.
-    settings = make_settings(preset, windows=2, window_length=8, steps=8, amplitude=0.2)
+    settings = make_settings(
+        preset, windows=2, window_length=8, steps=8, amplitude=0.2, tuning_steps=1
+    )
     anatomy = find_anatomy(model)
     removable = sum(
         axis.unit_cost * (axis.num_units - 1) for axis in anatomy.of_kinds({"kv-groups", "neurons"})
@@ -167,7 +169,7 @@ def test_a_step_too_large_for_the_rest_ends_well():
     # With widths down to 95 at most, three neurons may go: 582 parameters. The first of two steps
     # wants 1200, so a KV group of 3104 goes, and with it more than the target asked for.
     model = build("llama", torch.float32)
-    settings = make_settings(multiple=95, steps=2, windows=2, window_length=8)
+    settings = make_settings(multiple=95, steps=2, tuning_steps=1, windows=2, window_length=8)
     target = model.num_parameters() - 2400
     (_,) = adapt_pruner(work_for(model, target, settings))
     assert model.num_parameters() == target + 2400 - 3104

@@ -52,7 +52,7 @@ def test_every_step_draws_other_windows_and_other_random_numbers(monkeypatch):
 
     monkeypatch.setitem(IMPORTANCES.own, "random", Importance(random))
     model = build("llama", torch.float32)
-    settings = make_settings(importance="random", steps=3, seed=7)
+    settings = make_settings(importance="random", steps=3, tuning_steps=1, seed=7)
     target = resolve_target(find_anatomy(model), 0.3, None)
     calibration = Calibration(random_tokens(batch=20, length=40), 8, 2)
     list(adapt_pruner(work_for(model, target, settings, calibration)))
@@ -68,7 +68,10 @@ def test_the_statistics_of_a_step_are_gone_before_the_next(monkeypatch):
         return torch.rand(axis.num_units)
 
     monkeypatch.setitem(IMPORTANCES.own, "random", Importance(random, (Gram,)))
-    model, settings = build("llama", torch.float32), make_settings(importance="random", steps=2)
+    model, settings = (
+        build("llama", torch.float32),
+        make_settings(importance="random", steps=2, tuning_steps=1),
+    )
     target = resolve_target(find_anatomy(model), 0.3, None)
     calibration = CalibrationData(random_tokens(batch=20, length=40), 8, 2)
     for _ in adapt_pruner(work_for(model, target, settings, calibration)):
@@ -126,7 +129,7 @@ def test_every_cut_tells_what_it_kept():
 def test_a_step_tells_the_state_before_its_cut():
     model = build("llama", torch.float32)
     documents = random_tokens(batch=20, length=40, seed=1)
-    settings = make_settings(windows=6, window_length=8, steps=2)
+    settings = make_settings(windows=6, window_length=8, steps=2, tuning_steps=1)
     calibration = CalibrationData(documents, 8, 6)
     with torch.no_grad():
         window = calibration.draw(0)
@@ -142,7 +145,9 @@ def test_a_step_tells_the_state_before_its_cut():
 def test_progress_is_reported_in_shares():
     shares = []
     model = build("llama", torch.float32)
-    settings = make_settings(windows=6, window_length=8, steps=2, micro_batch_size=2)
+    settings = make_settings(
+        windows=6, window_length=8, steps=2, tuning_steps=1, micro_batch_size=2
+    )
     target = resolve_target(find_anatomy(model), 0.3, None)
     list(adapt_pruner(work_for(model, target, settings, on_progress=shares.append)))
     assert shares == pytest.approx([1 / 3, 2 / 3, 1] * 2)
@@ -180,7 +185,9 @@ def test_better_units_stay():
             layer.mlp.down_proj.weight[:, useless[i]] = 0
     expected = logits_of(model, random_tokens())
     target = model.num_parameters() - int(useless.sum()) * 3 * 64
-    settings = make_settings(windows=6, window_length=8, steps=2, compensation="none")
+    settings = make_settings(
+        windows=6, window_length=8, steps=2, tuning_steps=1, compensation="none"
+    )
     list(adapt_pruner(work_for(model, target, settings)))
     assert widths(model) == (~useless).sum(dim=1).tolist()
     torch.testing.assert_close(logits_of(model, random_tokens()), expected, rtol=1e-3, atol=1e-4)

@@ -14,7 +14,7 @@ from adapt_pruner.model.anatomy import find_anatomy
 from picomodels import PICO, build, logits_of, random_tokens
 
 TOKENS = random_tokens()
-QUICK = {"windows": 4, "window_length": 10, "steps": 2}
+QUICK = {"windows": 4, "window_length": 10, "steps": 2, "tuning_steps": 1}
 """Settings that make a run short, where a method has them."""
 BY_RUN = {METHODS[name].run: name for name in reversed(list(METHODS))}
 """One method of each algorithm: the baselines are settings of the first."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adapt_pruner.data import reading
 from adapt_pruner.data.mixture import read_mixture, shipped_mixtures
-from adapt_pruner.data.reading import Record, pieces_of, read_rows, shuffled
+from adapt_pruner.data.reading import DataRow, pieces_of, read_rows, shuffled
 from adapt_pruner.errors import AdaptPrunerError, CalibrationError, DataError
 
 
@@ -175,7 +175,7 @@ class TestRows:
         before = reading.SHUFFLE_ROWS, reading.SHUFFLE_CHARACTERS
         reading.SHUFFLE_ROWS, reading.SHUFFLE_CHARACTERS = rows, characters
         try:
-            stream = (Record({"text": "x" * (i % 7), "n": i}, "") for i in range(count))
+            stream = (DataRow({"text": "x" * (i % 7), "n": i}, "") for i in range(count))
             order = [row.values["n"] for row in shuffled(stream, seed=0)]
         finally:
             reading.SHUFFLE_ROWS, reading.SHUFFLE_CHARACTERS = before
@@ -183,7 +183,7 @@ class TestRows:
 
     def test_buffer_is_all_that_is_read_ahead(self, monkeypatch):
         monkeypatch.setattr(reading, "SHUFFLE_ROWS", 5)
-        stream = iter(Record({"text": "x"}, str(i)) for i in range(100))
+        stream = iter(DataRow({"text": "x"}, str(i)) for i in range(100))
         next(shuffled(stream, seed=0))
         assert next(stream).place == "6"
 

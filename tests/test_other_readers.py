@@ -70,7 +70,7 @@ def home(calibration, tmp_path_factory) -> Path:
         model = build("llama", torch.float32, rope_parameters=rope)
         result = prune(
             model, character_tokenizer(), calibration=calibration, sparsity=0.3, steps=2,
-            allocation="adaptive", amplitude=0.05, **more,
+            tuning_steps=1, allocation="adaptive", amplitude=0.05, **more,
         )  # fmt: skip
         result.save(home / name, portable=name == "portable")
     return home

@@ -15,7 +15,9 @@ import pytest
 from adapt_pruner.errors import LoadingError
 from adapt_pruner.report import charts
 from adapt_pruner.report.page import render
-from adapt_pruner.report.record import read_run
+from adapt_pruner.report.record import read_run, read_training
+from adapt_pruner.report.series import DARK, LIGHT, Columns, training_of
+from adapt_pruner.report.training_pictures import draw_loss
 from report_runs import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -89,7 +91,7 @@ class TestCharts:
         assert all(y == 0.5 for _, y in thin)
 
     def test_places_are_shares(self):
-        drawn = str(charts.columns("id", "title", [10, None], [5, 0]))
+        drawn = str(charts.columns("id", Columns("x", "Neurons", [10, None], [5, 0])))
         bars = re.findall(
             r'<rect x="([\d.]+)%" y="([\d.]+)" width="[\d.]+%" height="([\d.]+)', drawn
         )
@@ -103,6 +105,22 @@ class TestCharts:
         radius = float(re.findall(r' r="([\d.]+)"', drawn)[0])
         assert 2 * radius < 340 / 100
         assert drawn.count('class="gone"') == 1600
+
+    def test_pictures_show_what_the_page_shows(self, run):
+        train(run, [3 + math.sin(i) for i in range(90)], [(0, 900, 9.0), (4000, 800, 8.0)])
+        steps, phases = read_training(run)
+        curve = training_of(steps, phases)
+        plot = draw_loss(steps, phases).axes[0]
+        each, mean, *cuts = plot.get_lines()
+        assert list(zip(*each.get_data(), strict=True)) == curve.points
+        assert list(zip(*mean.get_data(), strict=True)) == curve.means
+        assert [cut.get_xdata()[0] for cut in cuts] == [tokens for tokens, _ in curve.cuts]
+        assert mean.get_color() == LIGHT["after"]
+        page = render([read_run(run)])
+        for colors in (LIGHT, DARK):
+            assert all(f"--{name}: {color};" in page for name, color in colors.items())
+        drawn = re.findall(r'<polyline points="([^"]+)" class="curve"', page)
+        assert len(curve.means) in [len(points.split()) for points in drawn]
 
     def test_one_point_of_each(self):
         assert "A curve of 1 points" in str(charts.line("i", "t", "x", [(5.0, 2.0)]))

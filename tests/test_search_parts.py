@@ -24,7 +24,7 @@ from adapt_pruner.searching.measuring import Validation, masked
 from adapt_pruner.searching.pool import Pool, by_source, choose, grouped
 from adapt_pruner.searching.request import SearchSettings
 from adapt_pruner.searching.samples import Samples
-from adapt_pruner.searching.space import OneOf, Range, make_space, parse_space
+from adapt_pruner.searching.space import Choices, Range, make_space, parse_space
 from adapt_pruner.searching.trials import Bench
 from adapt_pruner.settings import build as settings_of
 from conftest import WORDS
@@ -175,7 +175,7 @@ def test_a_space_is_made_of_lists_and_ranges():
     space = parse_space({"windows": {"low": 5, "high": 20}, "allocation": ["even", "global"],
                          "ridge": {"low": 1e-3, "high": 0.1, "log": True}}, settings)  # fmt: skip
     assert space["windows"] == Range(5, 20, whole=True)
-    assert space["allocation"] == OneOf(("even", "global"))
+    assert space["allocation"] == Choices(("even", "global"))
     assert space["ridge"].grid() == pytest.approx([1e-3, 1e-2, 0.1])
 
 

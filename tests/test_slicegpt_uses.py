@@ -97,7 +97,7 @@ def test_a_sliced_model_trains_is_cut_again_and_copied(calibration):
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.eval()
     count = model.num_parameters()
-    prune(model, calibration=calibration, sparsity=0.1, steps=2)
+    prune(model, calibration=calibration, sparsity=0.1, steps=2, tuning_steps=1)
     assert model.num_parameters() < count
     assert torch.isfinite(logits_of(model, TOKENS)).all()
 

@@ -14,7 +14,7 @@ ALIKE = 0.98
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES)
-def test_presets_give_the_model_that_they_gave(case, seed, shared_cache, no_training_pictures):
+def test_presets_give_the_model_that_they_gave(case, seed, shared_cache):
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     expected, found = record["cases"][case][str(seed)], outcome(case, seed)
     remedy = "If that is meant, write the record anew: python tests/unchanged.py"

@@ -24,7 +24,9 @@ SECONDS_PER_CALL = 10.0
 def run_directory(llama, text_file, tmp_path_factory) -> Path:
     """The directory of a real run."""
     directory = tmp_path_factory.mktemp("wrong") / "run"
-    settings = make_settings(calibration=str(text_file), steps=1, windows=4, window_length=12)
+    settings = make_settings(
+        calibration=str(text_file), steps=1, tuning_steps=1, windows=4, window_length=12
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "draw_all", lambda directory, result: {})
         run_pruning(Request(str(llama), settings, sparsity=0.2), directory)

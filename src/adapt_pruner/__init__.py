@@ -12,7 +12,7 @@ from .model import portable as _portable
 __version__ = "0.1.0"
 
 _per_layer.register()
-_portable.register()
+_portable.register_portable()
 
 _EXPORTS = {
     "AdaptPrunerError": "errors",

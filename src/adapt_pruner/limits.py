@@ -34,12 +34,12 @@ Rounds = Annotated[int, Ge(1), Le(10_000), _number]
 """Times that something is done again as a whole."""
 Runs = Annotated[int, Ge(1), Le(1_000), _number]
 """Seeds of a comparison."""
-Batch = Annotated[int, Ge(1), Le(65_536), _number]
+BatchSize = Annotated[int, Ge(1), Le(65_536), _number]
 """Sequences at once."""
 Windows = Annotated[int, Ge(1), Le(1_000_000), _number]
 Length = Annotated[int, Ge(2), Le(MAX_WINDOW), _number]
 """Tokens of a window in which something is to be predicted."""
-Tokens = Annotated[int, Ge(1), Le(MAX_WINDOW), _number]
+NumTokens = Annotated[int, Ge(1), Le(MAX_WINDOW), _number]
 """Tokens of a part of a sequence."""
 Documents = Annotated[int, Ge(1), Le(1_000_000_000), _number]
 Steps = Annotated[int, Ge(1), Le(1_000_000_000), _number]
@@ -49,7 +49,7 @@ Budget = Annotated[int, Ge(1), Le(MAX_TOKENS), _number]
 BatchTokens = Annotated[int, Ge(2), Le(1_000_000_000), _number]
 Width = Annotated[int, Ge(1), Le(1_000_000), _number]
 """Neurons, tokens of a vocabulary, or other entries along a side of a matrix."""
-Sample = Annotated[int, Ge(0), Le(1_000_000_000), _number]
+SampleNumber = Annotated[int, Ge(0), Le(1_000_000_000), _number]
 """Number of one of a pool, from 0 on."""
 Rank = Annotated[int, Ge(0), Le(65_536), _number]
 Shots = Annotated[int, Ge(0), Le(1_000), _number]
@@ -72,7 +72,7 @@ Factor = Annotated[float, Ge(1e-6), Le(1e6), _finite, _number]
 Weight = Annotated[float, Ge(0), Le(1e12), _finite, _number]
 """Of one of several, on any scale."""
 Nats = Annotated[float, Gt(0), Le(1e6), _finite, _number]
-Loss = Annotated[float, Ge(-1e6), Le(1e6), _finite, _number]
+LossValue = Annotated[float, Ge(-1e6), Le(1e6), _finite, _number]
 Hours = Annotated[float, Gt(0), Le(1e6), _finite, _number]
 
 

@@ -8,17 +8,17 @@ from typing import Generic, TypeVar
 
 from .errors import MissingExtra
 
-Row = TypeVar("Row")
+Entry = TypeVar("Row")
 
 
-class Registry(Mapping[str, Row], Generic[Row]):
+class Registry(Mapping[str, Entry], Generic[Entry]):
     """Names and what they stand for: the rows of this package, then those of installed ones.
 
     Entry points are looked up once, when the table is first read, and loaded when their row is. A
     row of this package wins over a foreign one of the same name.
     """
 
-    def __init__(self, name: str, rows: Mapping[str, Row]):
+    def __init__(self, name: str, rows: Mapping[str, Entry]):
         self.group = f"adapt_pruner.{name}"
         self.own = dict(rows)
         self._foreign: dict[str, EntryPoint] | None = None
@@ -30,7 +30,7 @@ class Registry(Mapping[str, Row], Generic[Row]):
             self._foreign = {point.name: point for point in found if point.name not in self.own}
         return self._foreign
 
-    def __getitem__(self, name: str) -> Row:
+    def __getitem__(self, name: str) -> Entry:
         if name not in self.own:
             point = self.foreign[name]
             try:

@@ -22,16 +22,16 @@ from pydantic.fields import FieldInfo
 
 from .errors import InvalidSettings, near_match, shortened, shown
 from .limits import (
-    Batch,
+    BatchSize,
     Documents,
     Layer,
     Length,
     Limit,
     Name,
+    NumTokens,
     Rounds,
     Seed,
     Shots,
-    Tokens,
     Width,
     Windows,
     about,
@@ -143,7 +143,7 @@ class PruneSettings(BaseModel):
         Field(description="Spread the model over devices, as in transformers: auto, balanced."),
     ] = None
     micro_batch_size: Annotated[
-        Batch | None,
+        BatchSize | None,
         Field(description="Windows per forward pass; default: found automatically."),
     ] = None
     gradient_checkpointing: Annotated[
@@ -214,7 +214,7 @@ class EvaluationSettings(BaseModel):
         Field(description="Tokens per window of --text; default: the model's, up to 2048."),
     ] = None
     stride: Annotated[
-        Tokens | None,
+        NumTokens | None,
         Field(
             description="Tokens from one window of --text to the next; default: the window. Below "
             "it windows overlap, and each token is scored once.",
@@ -245,10 +245,10 @@ class BenchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompt_tokens: Annotated[
-        Tokens, Field(description="Tokens read; fewer where a model's context is too short.")
+        NumTokens, Field(description="Tokens read; fewer where a model's context is too short.")
     ] = 256
-    new_tokens: Annotated[Tokens, Field(description="Tokens written after them.")] = 32
-    batch_size: Annotated[Batch, Field(description="Sequences at once.")] = 1
+    new_tokens: Annotated[NumTokens, Field(description="Tokens written after them.")] = 32
+    batch_size: Annotated[BatchSize, Field(description="Sequences at once.")] = 1
     repetitions: Annotated[Rounds, Field(description="Rounds, in which models take turns.")] = 7
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -263,9 +263,9 @@ class LatencySettings(BaseModel):
         Literal["decode", "prefill"],
         Field(description="What is timed: writing a token, or reading a prompt."),
     ] = "decode"
-    batch_size: Annotated[Batch, Field(description="Sequences at once, for times.")] = 1
+    batch_size: Annotated[BatchSize, Field(description="Sequences at once, for times.")] = 1
     context: Annotated[
-        Tokens, Field(description="Tokens in the cache, or of the prompt, for times.")
+        NumTokens, Field(description="Tokens in the cache, or of the prompt, for times.")
     ] = 256
     engine: Annotated[
         Literal["torch", "llama.cpp"], Field(description="What runs the model, for times.")

@@ -66,17 +66,22 @@ def _exchange_coarse_block(removal: Removal, target: int) -> bool:
     before = [chain.removed for chain in chains]
     gone = [chain for chain in chains if chain.removed]
     for returned in sorted(gone, key=lambda chain: -float(chain.density[chain.removed - 1])):
-        left = surplus - removal.cost(returned, returned.removed - 1)
-        returned.removed -= 1
-        finer = [chain for chain in _open_blocks(removal, surplus) if chain is not returned]
-        while left < 0 and (open_ := [c for c in finer if c.removed < len(c.sizes)]):
-            cheapest = min(open_, key=lambda chain: float(chain.density[chain.removed]))
-            left += removal.cost(cheapest, cheapest.removed)
-            cheapest.removed += 1
-        if 0 <= left < surplus:
-            return True
-        for chain, removed in zip(chains, before, strict=True):
-            chain.removed = removed
+        back = removal.cost(returned, returned.removed - 1)
+        for most in (surplus, back - 1):  # where the finest alone do not make up for it, others too
+            left = surplus - back
+            returned.removed -= 1
+            while left < 0:
+                finer = [c for c in _open_blocks(removal, min(most, surplus - left - 1))
+                         if c is not returned]  # fmt: skip
+                if not finer:
+                    break
+                cheapest = min(finer, key=lambda chain: float(chain.density[chain.removed]))
+                left += removal.cost(cheapest, cheapest.removed)
+                cheapest.removed += 1
+            if 0 <= left < surplus:
+                return True
+            for chain, removed in zip(chains, before, strict=True):
+                chain.removed = removed
     return False
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..limits import Batch, Factor, Hours, Loss, Rounds, Steps
+from ..limits import BatchSize, Factor, Hours, LossValue, Rounds, Steps
 from ..recovery.settings import RecoverySettings, make_recovery_settings
 from .export import quantize_option
 from .options import (
@@ -62,7 +62,7 @@ RECIPE_KEYS = {
 @click.option("--stop-after", type=Number(Rounds), help="Stop after this phase, to go on later.")
 @click.option("--max-hours", type=Number(Hours), help="Stop this call after so long.")
 @click.option(
-    "--max-loss", type=Number(Loss), help="Stop at a phase whose evaluation loss is above it."
+    "--max-loss", type=Number(LossValue), help="Stop at a phase whose evaluation loss is above it."
 )
 @click.option(
     "--save-steps", type=Number(Steps), default=500, show_default=True,
@@ -70,7 +70,7 @@ RECIPE_KEYS = {
 )  # fmt: skip
 @click.option("--report-to", default="", help="Trackers: tensorboard, trackio, wandb, with commas.")
 @click.option("--data-cache", type=click.Path(path_type=Path), help="Where tokenised data go.")
-@click.option("--gpus", type=Number(Batch), default=1, show_default=True, help="For --dry-run.")
+@click.option("--gpus", type=Number(BatchSize), default=1, show_default=True, help="For --dry-run.")
 @click.option(
     "--gpu-tflops", type=Number(Factor), default=400.0, show_default=True,
     help="For --dry-run: what a GPU really does in training.",

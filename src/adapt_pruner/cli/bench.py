@@ -17,7 +17,7 @@ from .export import quantize_option
 from .options import check_before, options_of
 
 if TYPE_CHECKING:
-    from ..evaluation.bench import Cost
+    from ..evaluation.bench import RunningCost
     from ..evaluation.speed import Speed
 
 _OF_TABLE = [name for name in LatencySettings.model_fields if name != "batch_size"]
@@ -118,7 +118,7 @@ def _write_table(
     """Measure anew, whatever the cache holds."""
     from ..latency import write_table
     from ..latency.engines import make_engine
-    from ..latency.measuring import measure
+    from ..latency.measuring import measure_times
     from ..model.anatomy import find_anatomy
     from ..model.loading import empty_model, load_tokenizer, resolve_device
     from ..precision import written_dtype
@@ -139,7 +139,7 @@ def _write_table(
     )
     with console.TaskBar(quiet) as bar:
         bar.on_task("timing widths", 0, 1)
-        table = measure(find_anatomy(model), engine, bar.on_progress)
+        table = measure_times(find_anatomy(model), engine, bar.on_progress)
     write_table(table, file)
     if not quiet:
         console.out.print(f"{table.circumstances}\nwritten to {file}", soft_wrap=True)
@@ -159,7 +159,7 @@ def _write(file: Path, settings: BenchSettings, device: str, models: list[dict[s
     write_json_atomically(file, content)
 
 
-def show(models: tuple[str, ...], costs: list[Cost]) -> None:
+def show(models: tuple[str, ...], costs: list[RunningCost]) -> None:
     """A column per model, and after each but the first what it gains over that."""
     from rich.table import Table
 

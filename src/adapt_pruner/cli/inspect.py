@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..inspection import Inspection
 
-KINDS = {
+KIND_NAMES = {
     "kv-groups": "KV groups",
     "query-heads": "query heads",
     "neurons": "neurons",
@@ -116,7 +116,7 @@ def _units(found: Inspection) -> Table:
     for kind in found.units:
         costs = sorted({kind.smallest_cost, kind.largest_cost})
         cost = " to ".join(f"{cost:,}" for cost in costs)
-        table.add_row(KINDS[kind.kind], f"{kind.total:,}", cost)
+        table.add_row(KIND_NAMES[kind.kind], f"{kind.total:,}", cost)
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import WritingError
-from ..limits import Tokens
+from ..limits import NumTokens
 from .parameters import Number
 
 
@@ -20,7 +20,7 @@ from .parameters import Number
 )  # fmt: skip
 @click.option("--prompt", "prompts", multiple=True, help="Let the models go on from it; repeat.")
 @click.option(
-    "--max-new-tokens", type=Number(Tokens), default=64, show_default=True,
+    "--max-new-tokens", type=Number(NumTokens), default=64, show_default=True,
     help="Tokens that each writes after a prompt.",
 )  # fmt: skip
 @click.option("--speed", is_flag=True, help="Measure prefill and decode of both models now.")

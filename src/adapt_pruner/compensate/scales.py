@@ -25,7 +25,7 @@ from ..model.anatomy import Anatomy
 from ..precision import computing_in, in_float64
 from ..processes import copy_from_first, decided_by_first
 from ..score.collect import micro_batch_size, prepared
-from ..score.head import Outcome, hidden_states, plain_head, through_head
+from ..score.head import HeadOutcome, hidden_states, plain_head, through_head
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _passes(model, head: nn.Module, windows_BT: Tensor, dense_BTD: Tensor, how: 
     return found
 
 
-def divergence(head: nn.Module, dense_BTD: Tensor, num_tokens: int) -> Outcome:
+def divergence(head: nn.Module, dense_BTD: Tensor, num_tokens: int) -> HeadOutcome:
     """Sum over tokens of KL(dense || model) / num_tokens, both through the same head."""
     dense_ND = dense_BTD.flatten(0, 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CalibrationError, DataError, shown
 from . import pydocs
 from .reading import EMBEDDED as EMBEDDED
-from .reading import Record, files_in, local_path, local_rows, read_rows
+from .reading import DataRow, files_in, local_path, local_rows, read_rows
 
 
 class CalibrationData:
@@ -124,7 +124,7 @@ def sourced_documents(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> list[tuple[Tensor, str]]:
-    """The same documents, each with what it comes from: see `Record.source`."""
+    """The same documents, each with what it comes from: see `DataRow.source`."""
     rows = islice(_read(source, text_column, seed), max_documents)
     documents = list(_tokenise(rows, tokenizer))
     largest = max((int(tokens.max()) for tokens, _ in documents), default=0)
@@ -178,7 +178,7 @@ FRUITLESS_ROWS = 1_000
 """Rows without the column of the text, after which there is none; single rows may lack it."""
 
 
-def _texts(rows: Iterable[Record], source: str, column: str) -> Iterator[tuple[str, str]]:
+def _texts(rows: Iterable[DataRow], source: str, column: str) -> Iterator[tuple[str, str]]:
     """What the column of the text holds, blank texts left out, and what it comes from."""
     is_known, lacking = False, None
     for number, row in enumerate(rows, 1):

@@ -30,7 +30,7 @@ from .reading import EMBEDDED, files_in, hub_revision, read_rows, rows_by_file, 
 from .tokenising import tokenised
 
 LossOn = Literal["all", "answers"]
-Progress = Callable[[str, int, int], None]
+OnTokenised = Callable[[str, int, int], None]
 """Hears the name of a domain, its tokens so far, and the tokens it needs at most."""
 
 _VERSION = 1
@@ -134,7 +134,7 @@ class DomainCache:
         for row in islice(rows, 1):
             self._template_for(detect(row, source.path, source.format, source.columns), source)
 
-    def domain(self, source: Source, windows: int, on_progress: Progress) -> PackedDomain:
+    def domain(self, source: Source, windows: int, on_progress: OnTokenised) -> PackedDomain:
         """Open the first `windows` windows of a source, or all; tokenise them if need be.
 
         Raises:
@@ -187,7 +187,9 @@ class DomainCache:
         texts = self.exclude if isinstance(self.exclude, list) else _texts_of(self.exclude)
         self._overlap = Overlap(texts)
 
-    def _pack(self, source: Source, windows: int, directory: Path, on_progress: Progress) -> None:
+    def _pack(
+        self, source: Source, windows: int, directory: Path, on_progress: OnTokenised
+    ) -> None:
         length, account = self.sequence_length, Account()
         documents = self._documents(source, account)
         with (

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import DataError, near_match, shortened, shown
 from ..files import MAX_TEXT_BYTES, read_bytes
-from .reading import Record, pieces_of
+from .reading import DataRow, pieces_of
 
 Spans = tuple[tuple[int, int], ...]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -274,7 +274,7 @@ class RowLayout:
     columns: dict[str, str]
     """Column by role, of those in the first row."""
 
-    def documents(self, row: Record, source: str, template: ChatTemplate) -> list[Document]:
+    def documents(self, row: DataRow, source: str, template: ChatTemplate) -> list[Document]:
         """The documents of a row, none where it is blank.
 
         Raises:
@@ -296,14 +296,14 @@ class RowLayout:
             raise DataError(f"{row.place}: {error}. Correct it, or name other columns.") from error
 
 
-def _no_column(source: str, column: str, row: Record) -> str:
+def _no_column(source: str, column: str, row: DataRow) -> str:
     has = ", ".join(sorted(row.values)) or "none"
     hint = near_match(column, row.values)
     return f"'{source}' has no column '{column}' ({row.place}); it has {has}.{hint}"
 
 
 def detect(
-    row: Record, source: str, format: str = "auto", columns: dict[str, str] | None = None
+    row: DataRow, source: str, format: str = "auto", columns: dict[str, str] | None = None
 ) -> RowLayout:
     """The layout of a source, from its first row and what is said about it.
 

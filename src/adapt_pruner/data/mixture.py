@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import DataError, near_match, shown
 from ..files import read_yaml
-from ..limits import Loss, Name, Weight, about
+from ..limits import LossValue, Name, Weight, about
 from .formats import FORMATS
 from .reading import EMBEDDED, READERS, local_path
 
@@ -85,7 +85,7 @@ class Mixture(BaseModel):
         ),
     ] = "fixed"
     reference_losses: Annotated[
-        dict[Name, Loss],
+        dict[Name, LossValue],
         Field(description="Loss to reach per domain, in nats; default: the source model's."),
     ] = {}
     default_chat_template: Annotated[

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .domains import DomainCache, LossOn, PackedDomain, Progress
+from .domains import DomainCache, LossOn, OnTokenised, PackedDomain
 from .fingerprints import short_hash
 from .mixture import Mixture, Source, read_mixture
 
@@ -59,7 +59,7 @@ def prepare(
     exclude: str | Path | Iterable[str] | None = None,
     seed: int = 0,
     vocab_size: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnTokenised | None = None,
 ) -> PackedData:
     """Tokenise what a budget needs of each source, or take it from the cache. Processes that
     prepare the same at the same time do it once: one works, the others wait.

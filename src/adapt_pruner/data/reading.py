@@ -33,7 +33,7 @@ SHUFFLE_ROWS, SHUFFLE_CHARACTERS = 10_000, 200_000_000
 
 
 @dataclass(frozen=True)
-class Record:
+class DataRow:
     """One record of a data set: its columns, and where it was found ("'a.jsonl' line 7")."""
 
     values: dict[str, Any]
@@ -81,7 +81,7 @@ def read_rows(
     split: str | None = None,
     revision: str | None = None,
     seed: int = 0,
-) -> Iterator[Record]:
+) -> Iterator[DataRow]:
     """Yield the rows of a source in a seeded random order: shuffled files, and a shuffled stream.
 
     Args:
@@ -97,11 +97,11 @@ def read_rows(
 
 def rows_by_file(
     path: str, subset: str | None, split: str | None, revision: str | None, seed: int
-) -> Iterator[Record]:
+) -> Iterator[DataRow]:
     """As `read_rows`, but only the files are shuffled: the first row is there at once."""
     if path == EMBEDDED:
         documents = enumerate(pydocs.documents("train"), 1)
-        return (Record({"text": text}, f"'{path}' document {i}") for i, text in documents)
+        return (DataRow({"text": text}, f"'{path}' document {i}") for i, text in documents)
     if (place := local_path(path)) is not None:
         return _rows_of(files_in(place), seed)
     return _hub_rows(path, subset, split or "train", revision, seed)
@@ -117,7 +117,7 @@ def hub_revision(name: str, revision: str | None) -> str | None:
         return revision
 
 
-def shuffled(rows: Iterable[Record], seed: int) -> Iterator[Record]:
+def shuffled(rows: Iterable[DataRow], seed: int) -> Iterator[DataRow]:
     """Shuffle a stream through a buffer, as `datasets` does; small data are shuffled as a whole."""
     generator, buffer, characters = random.Random(seed), [], 0
     for row in rows:
@@ -149,7 +149,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
-def local_rows(file: Path) -> Iterator[Record]:
+def local_rows(file: Path) -> Iterator[DataRow]:
     """The rows of one file, in its order.
 
     Raises:
@@ -175,13 +175,13 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _rows_of(files: list[Path], seed: int) -> Iterator[Record]:
+def _rows_of(files: list[Path], seed: int) -> Iterator[DataRow]:
     random.Random(seed).shuffle(files)
     for file in files:
         yield from local_rows(file)
 
 
-def _plain_documents(file: Path) -> Iterator[Record]:
+def _plain_documents(file: Path) -> Iterator[DataRow]:
     """Documents of a plain text; see `split_documents`. Places are counted in documents."""
     number = 0
     try:
@@ -194,9 +194,9 @@ def _plain_documents(file: Path) -> Iterator[Record]:
                     whole += pieces
                 for text in filter(None, map(str.strip, whole)):
                     number += 1
-                    yield Record({"text": text}, f"'{file}' document {number}")
+                    yield DataRow({"text": text}, f"'{file}' document {number}")
             if rest.strip():
-                yield Record({"text": rest.strip()}, f"'{file}' document {number + 1}")
+                yield DataRow({"text": rest.strip()}, f"'{file}' document {number + 1}")
     except UnicodeDecodeError as error:
         raise DataError(
             f"'{file}' line {_undecodable_line(file)} is not UTF-8 text. Convert the file to UTF-8."
@@ -226,7 +226,7 @@ def _undecodable_line(file: Path) -> int:
     return 1
 
 
-def _json_lines(file: Path) -> Iterator[Record]:
+def _json_lines(file: Path) -> Iterator[DataRow]:
     for number, line in _lines(file):
         place = f"'{file}' line {number}"
         if line.strip():
@@ -246,7 +246,7 @@ def _is_array(file: Path) -> bool:
         return file.suffix == ".json" and stream.read(1 << 16).lstrip(BLANK).startswith(b"[")
 
 
-def _json_file(file: Path) -> Iterator[Record]:
+def _json_file(file: Path) -> Iterator[DataRow]:
     if not _is_array(file):
         yield from _json_lines(file)
         return
@@ -260,7 +260,7 @@ def _json_file(file: Path) -> Iterator[Record]:
         yield _row(values, f"'{file}' record {number}")
 
 
-def _parquet_rows(file: Path) -> Iterator[Record]:
+def _parquet_rows(file: Path) -> Iterator[DataRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -270,20 +270,20 @@ def _parquet_rows(file: Path) -> Iterator[Record]:
             for batch in table.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Record(values, f"'{file}' row {number}")
+                    yield DataRow(values, f"'{file}' row {number}")
     except pyarrow.ArrowException as error:
         after = f" after row {number}" if number else ""
         text = str(error).strip().splitlines()[0].rstrip(".")
         raise DataError(f"'{file}' is no parquet file that can be read{after}: {text}.") from error
 
 
-def _row(values: Any, place: str) -> Record:
+def _row(values: Any, place: str) -> DataRow:
     if not isinstance(values, dict):
         raise DataError(f'{place} must be an object such as {{"text": ...}}; got {shown(values)}.')
-    return Record(values, place)
+    return DataRow(values, place)
 
 
-_READ: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READ: dict[str, Callable[[Path], Iterator[DataRow]]] = {
     ".txt": _plain_documents,
     ".jsonl": _json_lines,
     ".json": _json_file,
@@ -293,7 +293,7 @@ _READ: dict[str, Callable[[Path], Iterator[Record]]] = {
 
 def _hub_rows(
     name: str, subset: str | None, split: str, revision: str | None, seed: int
-) -> Iterator[Record]:
+) -> Iterator[DataRow]:
     import datasets
 
     try:
@@ -303,7 +303,7 @@ def _hub_rows(
         files = [data.shard(data.num_shards, i) for i in range(data.num_shards)]
         random.Random(seed).shuffle(files)  # read one after the other, as local ones
         for number, values in enumerate(chain.from_iterable(files), 1):
-            yield Record(values, f"'{name}' row {number}")
+            yield DataRow(values, f"'{name}' row {number}")
     except Exception as error:  # of many libraries
         raise DataError(explain_hub(name, error)) from error
 

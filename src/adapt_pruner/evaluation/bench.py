@@ -19,7 +19,7 @@ from .speed import Speed, compare_speed, fitting_prompt, generate, random_prompt
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunningCost:
     """What one model takes. Ideal speed-ups are over the first model measured with it."""
 
     parameters: int
@@ -48,7 +48,7 @@ def compare_costs(
     models: Sequence[Any],
     settings: BenchSettings | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Cost]:
+) -> list[RunningCost]:
     """Measure all models in one run; time is taken in turns (`compare_speed`).
 
     A prompt that some model could not read is shortened for all.
@@ -64,13 +64,13 @@ def compare_costs(
     speeds = compare_speed(
         models, prompt_tokens, new_tokens, settings.repetitions, batch_size, on_progress
     )
-    costs: list[Cost] = []
+    costs: list[RunningCost] = []
     for model, speed in zip(models, speeds, strict=True):
         flops = _prefill_flops(model, prompt_tokens, batch_size)
         read = _decode_bytes(model)
         first = costs[0] if costs else None
         costs.append(
-            Cost(
+            RunningCost(
                 parameters=sum(p.numel() for p in model.parameters()),
                 weight_bytes=_bytes_of(model.parameters()),
                 decode_bytes=read,

@@ -24,7 +24,7 @@ LONGEST_STEP = 512
 """Tokens that llama.cpp computes at once, as in its own programs."""
 
 
-class Parameters(Structure):
+class ParameterBlock(Structure):
     """At least as long as the structures of llama.cpp, which are read from its start."""
 
     _fields_ = [
@@ -51,10 +51,10 @@ class _Batch(Structure):
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_log_set": (None, (c_void_p, c_void_p)),
     "llama_backend_init": (None, ()),
-    "llama_model_default_params": (Parameters, ()),
-    "llama_context_default_params": (Parameters, ()),
-    "llama_model_load_from_file": (c_void_p, (c_char_p, Parameters)),
-    "llama_init_from_model": (c_void_p, (c_void_p, Parameters)),
+    "llama_model_default_params": (ParameterBlock, ()),
+    "llama_context_default_params": (ParameterBlock, ()),
+    "llama_model_load_from_file": (c_void_p, (c_char_p, ParameterBlock)),
+    "llama_init_from_model": (c_void_p, (c_void_p, ParameterBlock)),
     "llama_set_n_threads": (None, (c_void_p, c_int32, c_int32)),
     "llama_model_free": (None, (c_void_p,)),
     "llama_free": (None, (c_void_p,)),
@@ -118,7 +118,7 @@ class LlamaCpp:
         context: int = 512,
         sequences: int = 1,
         threads: int = 1,
-        prepare: Callable[[Parameters], None] = lambda parameters: None,
+        prepare: Callable[[ParameterBlock], None] = lambda parameters: None,
     ):
         self.library = library()
         self.model = self.library.llama_model_load_from_file(

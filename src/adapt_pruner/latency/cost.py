@@ -29,7 +29,7 @@ from ..model.axes import (
 )
 from .table import LatencyTable
 
-Sizes = Mapping[AxisKey, Any]
+SizesOfAxes = Mapping[AxisKey, Any]
 
 
 class Latency:
@@ -58,11 +58,11 @@ class Latency:
     def goal(self, amount: int) -> dict[str, Any]:
         table = self.table
         of_file = {"quantize": table.dtype} if table.engine == "llama.cpp" else {}
-        asked = {name: getattr(table, name) for name in CIRCUMSTANCES}
+        asked = {name: getattr(table, name) for name in ASKED_OF_TABLES}
         return {"latency": f"{amount / 1e6:.6f}ms", **asked, **of_file}
 
 
-CIRCUMSTANCES = ("stage", "batch_size", "context", "engine")
+ASKED_OF_TABLES = ("stage", "batch_size", "context", "engine")
 
 
 class _TimeCost:
@@ -84,7 +84,7 @@ class _TimeCost:
         self._check_hidden(sizes)
         return self.outside + sum(self._layer(layer, sizes) for layer in self.layers)
 
-    def touching(self, keys: Sequence[AxisKey], sizes: Sizes) -> Any:
+    def touching(self, keys: Sequence[AxisKey], sizes: SizesOfAxes) -> Any:
         self._check_hidden(sizes)
         if any(kind in SUBLAYERS for _, kind in keys) and not self.has_absence:
             raise InvalidTarget(
@@ -93,12 +93,12 @@ class _TimeCost:
             )
         return sum(self._layer(layer, sizes) for layer in {layer for layer, _ in keys})
 
-    def _check_hidden(self, sizes: Sizes) -> None:
+    def _check_hidden(self, sizes: SizesOfAxes) -> None:
         hidden = sizes.get((WHOLE_MODEL, HIDDEN), self.hidden)
         if torch.is_tensor(hidden) or hidden != self.hidden:
             raise hidden_is_cut()
 
-    def _layer(self, layer: int, sizes: Sizes) -> Any:
+    def _layer(self, layer: int, sizes: SizesOfAxes) -> Any:
         attends = sizes.get((layer, ATTENTION), 0)
         widens = sizes.get((layer, MLP), 0)
         groups = sizes.get((layer, KV_GROUPS), len(self.attention_ns) - 1)

@@ -27,7 +27,7 @@ SHORTEST = 0.02
 """Seconds that are timed at once: of fast models several tokens."""
 MOST_TOKENS = 16
 
-Run = Callable[[], float]
+Stopwatch = Callable[[], float]
 """Seconds of one token of a decoding step, or of one prompt."""
 
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
     width_block: int
     version: str
 
-    def open(self, model: Any) -> AbstractContextManager[Run]:
+    def open(self, model: Any) -> AbstractContextManager[Stopwatch]:
         """Make a model ready to be timed; a cache of `context` tokens is filled. Each call of what
         is returned times it once."""
         ...
@@ -62,7 +62,7 @@ class Clock:
         return time.process_time() if alone else time.perf_counter()
 
 
-def _timed(clock: Clock, begin: Callable[[], Callable[[], None]]) -> Run:
+def _timed(clock: Clock, begin: Callable[[], Callable[[], None]]) -> Stopwatch:
     """Times several tokens at once where one takes too short. `begin` makes a cache of the context
     alone, and returns what decodes a token after it."""
     decode = begin()
@@ -94,7 +94,7 @@ class TorchEngine:
         self.version = versions()["torch"]
 
     @contextmanager
-    def open(self, model: Any) -> Iterator[Run]:
+    def open(self, model: Any) -> Iterator[Stopwatch]:
         batch, context = self.settings.batch_size, self.settings.context
         clock = Clock(self.device, self.threads)
         if self.settings.stage == "prefill":
@@ -172,7 +172,7 @@ class LlamaCppEngine:
         self.version = versions("xllamacpp")["xllamacpp"]
 
     @contextmanager
-    def open(self, model: Any) -> Iterator[Run]:
+    def open(self, model: Any) -> Iterator[Stopwatch]:
         from ..evaluation.llama_cpp import LlamaCpp
         from ..export.gguf_file import export_weights
         from ..export.weights import weights_of

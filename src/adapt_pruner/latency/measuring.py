@@ -21,7 +21,7 @@ from ..errors import LoadingError, UnsupportedModel, WritingError
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import ATTENTION, KV_GROUPS, MLP, NEURONS, QUERY_HEADS
 from .cost import Latency, check_kind, monotone
-from .engines import Engine, Run
+from .engines import Engine, Stopwatch
 from .probes import Probe, cut_to, equal_layers, probes_of, random_model
 from .table import LatencyTable, read_table, shapes_of, write_table
 
@@ -29,7 +29,7 @@ SECONDS = 100.0
 """That measuring a table may take, about; slow models take longer, for the fewest rounds."""
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
 
-Progress = Callable[[int, int], None]
+OnRound = Callable[[int, int], None]
 _measured: dict[str, LatencyTable] = {}
 """Tables of this process by the names of their files, for a cache that cannot be written to."""
 
@@ -37,7 +37,7 @@ _measured: dict[str, LatencyTable] = {}
 def table_for(
     model: Any,
     engine: Engine,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: OnRound = lambda done, total: None,
     with_odd: bool = False,
 ) -> LatencyTable:
     """The table of a model's times on this machine: from the cache, or measured now.
@@ -58,7 +58,7 @@ def table_for(
         with contextlib.suppress(LoadingError):  # there is none, or an older version wrote it
             known = read_table(file)
     if known is None or (with_odd and not known.odd_widths_ns):
-        known = measure(anatomy, engine, on_progress, with_odd)
+        known = measure_times(anatomy, engine, on_progress, with_odd)
         with contextlib.suppress(WritingError):
             write_table(known, file)
     _measured[file.name] = known
@@ -104,10 +104,10 @@ def machine(device: str) -> str:
     return f"{name} in {platform.node()}"
 
 
-def measure(
+def measure_times(
     anatomy: Anatomy,
     engine: Engine,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: OnRound = lambda done, total: None,
     with_odd: bool = True,
 ) -> LatencyTable:
     """Time the model with all layers alike at a grid of widths, each in turns with the whole one,
@@ -146,7 +146,7 @@ def measure(
     return LatencyTable(**circumstances_of(engine), shapes=shapes_of(anatomy), **found)
 
 
-def _in_turns(first: Run, other: Run, rounds: int) -> list[tuple[float, float]]:
+def _in_turns(first: Stopwatch, other: Stopwatch, rounds: int) -> list[tuple[float, float]]:
     other()  # to warm up
     return [(first(), other()) for _ in range(rounds)]
 

@@ -8,9 +8,9 @@ from ..errors import InvalidSettings
 from .cost import monotone
 from .table import LatencyTable
 
-TOLERANCE = 0.05
+SLACK = 0.05
 """Share of its time that an MLP may take more than it must."""
-LARGEST = 128
+LARGEST_MULTIPLE = 128
 
 
 def divisor(width: int) -> int:
@@ -28,7 +28,7 @@ def odd_widths(width: int) -> list[int]:
     >>> odd_widths(1536)  # from 1280 down: 1280 - 1, - 2, - 4, ...
     [1279, 1278, 1276, 1272, 1264, 1248, 1216, 1152]
     """
-    step = 2 * LARGEST
+    step = 2 * LARGEST_MULTIPLE
     while step > 2 and step > width // 4:
         step //= 2
     base = width * 7 // 8 // step * step
@@ -56,7 +56,7 @@ def choose_multiple(table: LatencyTable) -> int:
     slow = [
         divisor(width)
         for width, ns in table.odd_widths_ns
-        if ns > (1 + TOLERANCE) * float(np.interp(width, widths, line))
+        if ns > (1 + SLACK) * float(np.interp(width, widths, line))
     ]
     largest = max(divisor(width) for width, _ in table.odd_widths_ns)
     return max(table.width_block, min(2 * max(slow, default=0) or 1, 2 * largest))

@@ -32,7 +32,7 @@ from ..model.edits import Cut
 from .multiples import odd_widths
 from .table import heads_per_group
 
-LARGEST = 1_000_000_000
+MOST_BYTES = 1_000_000_000
 """Bytes of decoder layers that are timed: of a larger model fewer layers, which are alike."""
 FEWEST = 4
 SIXTEENTHS = (1, 4, 8, 10, 12, 14)
@@ -71,7 +71,7 @@ def equal_layers(anatomy: Anatomy, dtype: torch.dtype) -> Any:
     config.dtype = dtype
     most = max(anatomy.parameters_of_layers) * dtype.itemsize
     count = len(anatomy.layers)
-    kept = min(count, max(FEWEST, LARGEST // max(most, 1)))
+    kept = min(count, max(FEWEST, MOST_BYTES // max(most, 1)))
     is_uneven = getattr(config, "is_heterogeneous", False)
     if is_uneven or kept < count:
         drop_layers_of_config(config, set(range(kept, count)))

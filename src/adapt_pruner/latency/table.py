@@ -18,16 +18,16 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationError, model_
 
 from ..errors import InvalidSettings, LoadingError, shortened
 from ..files import read_json, write_json_atomically
-from ..limits import Batch, Name, Tokens, Width, message_of
+from ..limits import BatchSize, Name, NumTokens, Width, message_of
 from ..model.anatomy import Anatomy
 from ..model.axes import WIDTH_NAMES
 
 Nanoseconds = Annotated[float, Ge(0), Le(1e15), AllowInfNan(False)]
-Size = Annotated[int, Ge(0), Le(1_000_000)]
-MOST_POINTS = 1_000
+WidthTimed = Annotated[int, Ge(0), Le(1_000_000)]
+MOST_TIMES = 1_000
 
 
-class Shapes(BaseModel):
+class LayerShapes(BaseModel):
     """Of the model that was measured. Times hold for others that differ in nothing of this."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,20 +57,20 @@ class LatencyTable(BaseModel):
     dtype: Name
     """Of the weights: float32, or as the GGUF file stores them, such as Q8_0."""
     stage: Literal["decode", "prefill"]
-    batch_size: Batch = 1
-    context: Tokens
+    batch_size: BatchSize = 1
+    context: NumTokens
     """Tokens in the cache, or of the prompt."""
-    shapes: Shapes
+    shapes: LayerShapes
     width_block: Width = 1
     """MLP widths are filled up to multiples of this."""
     outside_ns: Nanoseconds
     """Embeddings, head, and what else is there once."""
     layer_ns: Nanoseconds
-    mlp_ns: Annotated[list[tuple[Size, Nanoseconds]], Len(1, MOST_POINTS)]
+    mlp_ns: Annotated[list[tuple[WidthTimed, Nanoseconds]], Len(1, MOST_TIMES)]
     """Width, time. Width 0 stands for a layer without MLP, if such a layer was measured."""
-    attention_ns: Annotated[list[tuple[Size, Size, Nanoseconds]], Len(1, MOST_POINTS)]
+    attention_ns: Annotated[list[tuple[WidthTimed, WidthTimed, Nanoseconds]], Len(1, MOST_TIMES)]
     """KV groups, query heads of each, time. 0, 0 stands for a layer without attention."""
-    odd_widths_ns: Annotated[list[tuple[Size, Nanoseconds]], Len(0, MOST_POINTS)] = []
+    odd_widths_ns: Annotated[list[tuple[WidthTimed, Nanoseconds]], Len(0, MOST_TIMES)] = []
     """Of MLPs whose widths are multiples of 1, 2, 4, ... and no more: see `multiples`."""
 
     @model_validator(mode="after")
@@ -159,11 +159,11 @@ def heads_per_group(widths: Mapping[str, int]) -> int:
     return heads // groups if groups else 0
 
 
-def shapes_of(anatomy: Anatomy) -> Shapes:
+def shapes_of(anatomy: Anatomy) -> LayerShapes:
     """What a table of the model is valid for."""
     model: Any = anatomy.model
     config = model.config
-    return Shapes(
+    return LayerShapes(
         model_type=config.model_type,
         hidden_size=anatomy.hidden_size,
         head_dim=getattr(config, "head_dim", None)

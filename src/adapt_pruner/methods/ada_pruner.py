@@ -21,7 +21,7 @@ from ..allocate.target import check_reachable
 from ..compensate.refit import refit_outputs
 from ..data import CalibrationData
 from ..errors import CalibrationError, InvalidSettings, shown
-from ..limits import Length, Ridge, Sample, Share, Weight, Windows
+from ..limits import Length, Ridge, SampleNumber, Share, Weight, Windows
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey
 from ..model.edits import Cut
@@ -67,7 +67,7 @@ class AdaPrunerSettings(PruneSettings):
 
     method: Annotated[Literal["ada-pruner"], Field(description="Pruning method.")] = "ada-pruner"
     samples: Annotated[
-        tuple[Sample, ...],
+        tuple[SampleNumber, ...],
         Field(
             max_length=100_000,
             description="Numbers of the samples of the pool to calibrate on; default: as many as "
@@ -155,7 +155,7 @@ def ada_pruner(work: Work) -> Iterator[PruningStep]:
         on_progress=work.progress_of(len(windows_BT)),
     ) as statistics:  # fmt: skip
         collected = time.perf_counter()
-        scores = scores_of(axes, statistics, settings)
+        scores = weighted_scores(axes, statistics, settings)
         keep = work.decide(keep_masks(anatomy, scores, target, limits, settings))
         if settings.compensation == "refit":
             refit_outputs(axes, keep, statistics[Gram])
@@ -219,7 +219,7 @@ def terms_of(axes: Sequence[Axis], statistics: Statistics) -> dict[str, Scores]:
     }
 
 
-def scores_of(
+def weighted_scores(
     axes: Sequence[Axis], statistics: Statistics, settings: AdaPrunerSettings
 ) -> dict[AxisKey, Tensor]:
     """(U,) per axis, by the importance that the settings name."""

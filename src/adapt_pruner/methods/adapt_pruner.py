@@ -304,6 +304,15 @@ def outline(settings: AdaptPrunerSettings, anatomy: Anatomy, target: int) -> Out
     return Outline(sizes, _observers(settings), tuned if removed else 0)
 
 
+def in_phase(settings: AdaptPrunerSettings, num_phases: int) -> AdaptPrunerSettings:
+    """`steps` are those of the whole run, but for the adaptive rule, which counts them itself, and
+    training does what tuning scales would do."""
+    changes = {"tuning_steps": 0}
+    if settings.allocation != "adaptive":
+        changes["steps"] = math.ceil(settings.steps / num_phases)
+    return settings.model_copy(update=changes)
+
+
 METHOD = Method(
     run=adapt_pruner,
     settings=AdaptPrunerSettings,
@@ -313,4 +322,5 @@ METHOD = Method(
     presets=PRESETS,
     outline=outline,
     meets_several_targets=True,
+    in_phase=in_phase,
 )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..allocate.chains import Limits
+from ..allocate.masks import Masks
 from ..data import CalibrationData
 from ..errors import InvalidSettings, InvalidTarget
 from ..model.anatomy import Anatomy, find_anatomy
@@ -41,8 +42,8 @@ class Work:
     """Called before an edit changes the model."""
     resource: Resource = PARAMETERS
     """What the targets limit."""
-    masks: Any = None
-    """Trained `Masks`, for a method that cuts by them; None: it trains its own."""
+    masks: Masks | None = None
+    """That are trained, for a method that cuts by them; None: it trains its own."""
     group: Any = None
     """Processes that prune the same model and share the calibration windows; None: this one."""
 
@@ -121,6 +122,24 @@ def _one_step(settings: PruneSettings, anatomy: Anatomy, target: int) -> Outline
     return Outline([target] if target < anatomy.amount else [])
 
 
+def _as_they_are(settings: PruneSettings, num_phases: int) -> PruneSettings:
+    return settings
+
+
+def _any_number(settings: PruneSettings, num_phases: int | None) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class MaskTraining:
+    """How `accel` trains masks along with the weights, before the method cuts by them."""
+
+    make: Callable[[Anatomy, Any, int], Masks]
+    """Masks that have yet to be trained, for the settings and a target."""
+    share: Callable[[Any], float]
+    """Of all training tokens, those that train masks; the rest trains the model that is left."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table of methods."""
@@ -144,6 +163,13 @@ class Method:
     do not."""
     meets_several_targets: bool = False
     """Whether one run can stop at several sizes on its way; else each has a run of its own."""
+    in_phase: Callable[[Any, int], PruneSettings] = _as_they_are
+    """The settings by which each of so many phases of `accel` prunes."""
+    check_phases: Callable[[Any, int | None], None] = _any_number
+    """Raises InvalidSettings if the settings do not go with so many phases of `accel`; None: as
+    many as it chooses."""
+    masks: MaskTraining | None = None
+    """For a method whose masks `accel` trains, in a phase of its own; None: it cuts in phases."""
 
 
 def check_counts_parameters(anatomy: Anatomy, method: str, way_out: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..settings import with_defaults
-from .adapt_pruner import CAN_CUT, PRESETS, AdaptPrunerSettings, adapt_pruner, outline
+from .adapt_pruner import CAN_CUT, PRESETS, AdaptPrunerSettings, adapt_pruner, in_phase, outline
 from .base import Method
 
 ALIKE = {"allocation": "adaptive", "amplitude": 0.0, "compensation": "none", "tuning_steps": 0}
@@ -19,6 +19,7 @@ def _baseline(method: str, summary: str, needs: str, **defaults) -> Method:
         needs=needs,
         outline=outline,
         meets_several_targets=True,
+        in_phase=in_phase,
     )
 
 

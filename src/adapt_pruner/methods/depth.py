@@ -30,7 +30,7 @@ from ..settings import PruneSettings, with_defaults
 from .base import Method, Outline, PruningStep, Work, limits_of
 
 CAN_CUT = frozenset({"layers", "sublayers"})
-Found = tuple[dict[AxisKey, float], float, list[float]]
+LayerScores = tuple[dict[AxisKey, float], float, list[float]]
 """Score of each axis, the loss before the cut if it was measured, and the layers' distances."""
 
 
@@ -151,7 +151,7 @@ def depth(work: Work) -> Iterator[PruningStep]:
     )
 
 
-def by_influence(work: Work, anatomy: Anatomy, limits: Limits) -> Found:
+def by_influence(work: Work, anatomy: Anatomy, limits: Limits) -> LayerScores:
     """Block influence: 1 - mean over tokens of the cosine between the residual stream before and
     after (ShortGPT, equation 1), all in the whole model."""
     axes, windows_BT = limits.axes(anatomy), work.calibration.draw()
@@ -168,7 +168,7 @@ def by_influence(work: Work, anatomy: Anatomy, limits: Limits) -> Found:
     return {axis.key: 1 + of_all[axis.key] for axis in axes}, 0.0, distances
 
 
-def by_loss(work: Work, anatomy: Anatomy, limits: Limits) -> Found:
+def by_loss(work: Work, anatomy: Anatomy, limits: Limits) -> LayerScores:
     """The order in which a greedy search removes: always that without which the loss is lowest,
     until the target is met (SLEB, algorithm 1). What it leaves scores above all that it removes."""
     axes, windows_BT, how = limits.axes(anatomy), work.calibration.draw(), work.how
@@ -267,6 +267,14 @@ def outline(settings: DepthSettings, anatomy: Anatomy, target: int) -> Outline:
     return Outline([target] if target < anatomy.amount else [], _observers(settings))
 
 
+def check_phases(settings: DepthSettings, num_phases: int | None) -> None:
+    if settings.layers and num_phases != 1:
+        raise InvalidSettings(
+            "layers: the layers named go at once, and their numbers then mean others; take "
+            "--phases 1."
+        )
+
+
 METHOD = Method(
     run=depth,
     settings=DepthSettings,
@@ -277,4 +285,5 @@ METHOD = Method(
     presets=PRESETS,
     outline=outline,
     size=size_without_layers,
+    check_phases=check_phases,
 )

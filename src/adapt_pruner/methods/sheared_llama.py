@@ -30,7 +30,7 @@ from ..precision import computing_in
 from ..processes import add_up, copy_from_first, share_of
 from ..score.collect import micro_batch_size, prepared
 from ..settings import with_defaults
-from .base import Method, Outline, PruningStep, Work
+from .base import MaskTraining, Method, Outline, PruningStep, Work
 from .shaped import CAN_CUT, ShapedSettings, shapes_for, size_of_shape
 
 LARGEST_NORM = 1.0
@@ -187,4 +187,5 @@ METHOD = Method(
     needs="training",
     outline=outline,
     size=size_of_shape,
+    masks=MaskTraining(make_masks, share=lambda settings: settings.mask_share),
 )

@@ -22,6 +22,7 @@ K entries that one unit has along one side of a tensor, C columns of an output p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,17 @@ class Axis:
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.kind}" if self.layer >= 0 else self.kind
+
+
+def parts_of_layers(axes: Sequence[Axis]) -> dict[int, list[Axis]]:
+    """Decoder layer -> its sublayers that are still there, all of which are axes: a layer that
+    loses the last of them is dropped. One that does something else besides is left out."""
+    parts: dict[int, list[Axis]] = {}
+    for axis in axes:
+        if axis.kind in SUBLAYERS:
+            parts.setdefault(axis.layer, []).append(axis)
+    writers = {axis.layer: len(axis.sites) for axis in axes if axis.kind == LAYERS}
+    return {layer: of for layer, of in parts.items() if len(of) == writers.get(layer)}
 
 
 def side(tensor: Tensor, dim: int) -> int:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .axes import ATTENTION, LAYERS, MLP, Axis, AxisKey, side
+from .axes import LAYERS, Axis, AxisKey, parts_of_layers, side
 
 Term = tuple[int, tuple[AxisKey, ...]]
 """A number of entries and the axes whose sizes it is multiplied by."""
@@ -33,6 +34,9 @@ class ParameterCount:
         """`outside`: parameters outside the decoder layers."""
         self.outside = outside
         self.sizes = {axis.key: axis.size for axis in axes}
+        self.parts = {
+            layer: [axis.key for axis in of] for layer, of in parts_of_layers(axes).items()
+        }
         slots = defaultdict(lambda: defaultdict(list))
         for axis in axes:
             for slot in axis.slots:
@@ -71,20 +75,18 @@ class ParameterCount:
 
     def _leave_with_sublayers(self, sides: list[list[Term]]) -> None:
         """A layer that loses its attention and its MLP is dropped, and with it a norm that serves
-        both (Phi, Cohere): there while either is, so attention + MLP - attention * MLP times."""
+        both (Phi, Cohere): there while either is, so attention + MLP - attention * MLP times; or as
+        often as the one that an earlier cut has left."""
         keys = {key for terms in sides for _, keys in terms for key in keys}
         for layer in [key[0] for key in keys if key[1] == LAYERS]:
-            attention, mlp = (layer, ATTENTION), (layer, MLP)
-            if {attention, mlp} <= self.sizes.keys() and not keys & {attention, mlp}:
+            parts = self.parts.get(layer, [])
+            if not keys.intersection(parts):
                 sides[0] = [
-                    term
+                    (-count * (-1) ** len(some), (*own, *some))
                     for count, own in sides[0]
-                    for term in (
-                        (count, (*own, attention)),
-                        (count, (*own, mlp)),
-                        (-count, (*own, attention, mlp)),
-                    )
-                ]
+                    for number in range(1, len(parts) + 1)
+                    for some in combinations(parts, number)
+                ] or sides[0]
 
     def total(self, sizes: Mapping[AxisKey, int]) -> int:
         """Parameters of the whole model; axes that `sizes` does not name stay as they are."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import LoadingError, shown
 from .anatomy import Anatomy, find_anatomy
-from .axes import ATTENTION, HIDDEN, LAYERS, MLP, AxisKey
+from .axes import ATTENTION, HIDDEN, LAYERS, MLP, AxisKey, parts_of_layers
 from .configuring import describe_model, drop_layers_of_config
 from .geometry import adopt_geometry, match_widths, rescaled
 from .rotation import Rotate
@@ -184,17 +184,9 @@ def _is_gone(keep: Keep, key: AxisKey) -> bool:
 
 def _gone_layers(anatomy: Anatomy, keep: Keep) -> set[int]:
     """Layers that go, and those of which nothing else is left."""
-    gone = set()
-    for i in range(len(anatomy.layers)):
-        axes = list(anatomy.of_layer(i))
-        parts = [axis for axis in axes if axis.kind in (ATTENTION, MLP)]
-        sites = sum(len(axis.sites) for axis in axes if axis.kind == LAYERS)
-        is_empty = (
-            bool(parts) and len(parts) == sites and all(_is_gone(keep, axis.key) for axis in parts)
-        )
-        if _is_gone(keep, (i, LAYERS)) or is_empty:
-            gone.add(i)
-    return gone
+    gone = {i for i in range(len(anatomy.layers)) if _is_gone(keep, (i, LAYERS))}
+    parts = parts_of_layers(anatomy.axes)
+    return gone | {i for i, of in parts.items() if all(_is_gone(keep, axis.key) for axis in of)}
 
 
 def _kept_entries(

@@ -58,7 +58,7 @@ def layer_config(config: Any, layer_idx: int) -> Any:
     return config
 
 
-def alter_layer(layer: Any, config: Any, attention: str, sublayers: Any) -> None:
+def _alter_layer(layer: Any, config: Any, attention: str, sublayers: Any) -> None:
     """Leave out and add what the layer's own `config` says. Mutates `layer`."""
     from . import skipped  # needs torch, which `import adapt_pruner` alone does not load
 
@@ -81,7 +81,7 @@ def extend_layer_class(class_name: str, attention: str, sublayers: Any, module: 
     def __init__(self, config, layer_idx, *args, **kwargs):
         own = layer_config(config, layer_idx)
         original(self, own, layer_idx, *args, **kwargs)
-        alter_layer(self, own, attention, sublayers)
+        _alter_layer(self, own, attention, sublayers)
 
     layer_class.__init__ = __init__
 

@@ -32,7 +32,7 @@ Values = Mapping[AxisKey, Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class MaskedPlace:
     """Where the units of an axis are multiplied."""
 
     key: AxisKey
@@ -99,33 +99,33 @@ def fold(anatomy: Anatomy, axes: list[Axis], values: Values) -> None:
             bias.mul_(factor)
 
 
-def _places(anatomy: Anatomy, axes: list[Axis]) -> Iterator[Place]:
+def _places(anatomy: Anatomy, axes: list[Axis]) -> Iterator[MaskedPlace]:
     for axis in axes:
         if axis.kind == HIDDEN:
             yield from _hidden_places(anatomy, axis)
         elif axis.kind == LAYERS:
             for site in axis.sites:
-                yield Place(axis.key, site.module, site.at)
+                yield MaskedPlace(axis.key, site.module, site.at)
         else:
             assert axis.output is not None
-            yield Place(axis.key, axis.output.module, "input", _unit_of_entry(axis.output))
+            yield MaskedPlace(axis.key, axis.output.module, "input", _unit_of_entry(axis.output))
 
 
-def _hidden_places(anatomy: Anatomy, axis: Axis) -> Iterator[Place]:
+def _hidden_places(anatomy: Anatomy, axis: Axis) -> Iterator[MaskedPlace]:
     """Further sides of the hidden size, such as the channels of a convolution, go with them."""
     model: Any = anatomy.model
     unit_C = torch.arange(axis.num_units)
     writers = {anatomy.architecture.mlp_output, anatomy.architecture.other_writer}
     writers.add(f"{anatomy.architecture.attention}.{anatomy.architecture.attention_output}")
-    yield Place(axis.key, model.get_input_embeddings(), "output", unit_C)
+    yield MaskedPlace(axis.key, model.get_input_embeddings(), "output", unit_C)
     if (head := model.get_output_embeddings()) is not None:
-        yield Place(axis.key, head, "input", unit_C)
+        yield MaskedPlace(axis.key, head, "input", unit_C)
     for slot in axis.slots:
         is_linear = isinstance(slot.module, nn.Linear) and slot.name == "weight"
         if is_linear and slot.dim == 1 and slot.path != "head":
-            yield Place(axis.key, slot.module, "input", unit_C)
+            yield MaskedPlace(axis.key, slot.module, "input", unit_C)
         if is_linear and slot.dim == 0 and slot.path in writers:
-            yield Place(axis.key, slot.module, "output", unit_C)
+            yield MaskedPlace(axis.key, slot.module, "output", unit_C)
 
 
 def _unit_of_entry(slot: Slot) -> Tensor:
@@ -155,7 +155,7 @@ def _norms(anatomy: Anatomy, axes: list[Axis]) -> Iterator[NormPlace]:
         yield NormPlace(module, unit_of, _is_centred(module, len(next(iter(unit_of.values())))))
 
 
-def _watch(place: Place, current: Callable[[], Values]) -> Any:
+def _watch(place: MaskedPlace, current: Callable[[], Values]) -> Any:
     def before(module, args):
         return (args[0] * place.factor(current(), args[0]), *args[1:])
 

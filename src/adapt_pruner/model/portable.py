@@ -21,7 +21,7 @@ from .layers import LayerConfig, at_import, extend_layer_class, layer_config
 
 FILE = "modeling_pruned.py"
 
-TASKS = {
+AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -137,7 +137,9 @@ def _classes_of(model: Any) -> dict[str, str]:
 
     model_type = model.config.model_type
     module = import_module(ARCHITECTURES[model_type].modeling_module)
-    named = {auto: getattr(modeling_auto, table).get(model_type) for auto, table in TASKS.items()}
+    named = {
+        auto: getattr(modeling_auto, table).get(model_type) for auto, table in AUTO_CLASSES.items()
+    }
     named["AutoModelForCausalLM"] = _class_of_transformers(model)
     return {auto: name for auto, name in named.items() if name and hasattr(module, name)}
 
@@ -148,7 +150,7 @@ def drop_remote_code(directory: Path, model: Any) -> None:
     _edit_config(directory, architectures=[_class_of_transformers(model)], auto_map=None)
 
 
-def register() -> None:
+def register_portable() -> None:
     """Arrange for models whose configuration names the file to be saved with it.
 
     A class of the file takes the file along itself. Where this package is imported, a checkpoint

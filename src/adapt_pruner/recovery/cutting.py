@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..api import Listener, prune_to_sizes
-from ..methods import Work
+from ..methods import Work, method_named
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.edits import Edit
-from .schedule import Phase, settings_of_phase
+from .schedule import Phase
 from .teacher import set_aside
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def prune_to(phase: Phase, run: Run) -> None:
         run.model,
         calibration.reseeded(request.settings.seed + 7919 * phase.number),
         (min(phase.amount, find_anatomy(run.model, resource).amount),),
-        settings_of_phase(request.settings, len(run.phases)),
+        method_named(request.settings.method).in_phase(request.settings, len(run.phases)),
         resource=resource,
         masks=run.masks,
         group=run.processes,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..goal import Goal
+from ..methods import method_named
 from ..model.anatomy import count_parameters, find_anatomy
 from ..model.loading import empty_model
 from ..model.resources import Resource
@@ -17,7 +18,7 @@ from ..result import Size
 from ..run import stored_dtype
 from .materials import check_training, limited_by, plan_phases
 from .request import AccelRequest, check_together
-from .schedule import Phase, learning_rates, settings_of_phase, tokens_per_step
+from .schedule import Phase, learning_rates, tokens_per_step
 from .teacher import stored_bytes
 from .training import micro_batch
 
@@ -132,7 +133,8 @@ def _flops_per_token(request: AccelRequest, phase: Phase, teacher: int) -> float
 def _pruning_memory(request: AccelRequest, model: Any, phases: Sequence[Phase]) -> dict[str, int]:
     """Of the GPU that cuts; sums of earlier steps lie in the machine's own memory, and
     masks train in a phase."""
-    settings = settings_of_phase(request.settings, len(phases))
+    method = method_named(request.settings.method)
+    settings = method.in_phase(request.settings, len(phases))
     goal = Goal(params=phases[0].parameters)
     plan = make_plan(model, settings, goal, _dtype(request)).memory_bytes
     return {part: size for part, size in plan.items() if part not in (EARLIER_SUMS, TRAINING)}

@@ -105,11 +105,12 @@ def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ..
     """
     anatomy = find_anatomy(model, limited_by(request))
     target = request.target(request.settings, anatomy)
-    method_named(request.settings.method).outline(request.settings, anatomy, target)
+    method = method_named(request.settings.method)
+    method.outline(request.settings, anatomy, target)
     of_model = None if anatomy.resource is PARAMETERS else anatomy.total_parameters
     phases = make_phases(
         request.recovery, anatomy.amount, target, request.tokens, of_model,
-        mask_share=getattr(request.settings, "mask_share", 0.0),
+        mask_share=method.masks.share(request.settings) if method.masks else 0.0,
     )  # fmt: skip
     return target, phases
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
+from ..data.sampling import IGNORED
+
 _CHUNK = 2**22
 """Logits per chunk of the distillation loss, at least those of one token."""
 

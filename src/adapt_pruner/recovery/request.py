@@ -10,7 +10,7 @@ from ..api import Listener
 from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
 from ..goal import CIRCUMSTANCES, TARGETS, Goal
-from ..limits import Budget, Hours, Loss, Rounds, Steps, checked_value
+from ..limits import Budget, Hours, LossValue, Rounds, Steps, checked_value
 from ..methods import method_named
 from ..result import PruningResult
 from ..settings import PruneSettings
@@ -106,7 +106,7 @@ _NUMBERS: dict[str, Any] = {
     "save_steps": Steps,
     "stop_after": Rounds,
     "max_hours": Hours,
-    "max_loss": Loss,
+    "max_loss": LossValue,
 }
 
 
@@ -132,18 +132,15 @@ def check_together(request: AccelRequest) -> None:
             "device_map: training spreads over devices by `accelerate launch` (--sharding "
             f"fsdp2); got device_map {settings.device_map}."
         )
-    if getattr(settings, "layers", ()) and recovery.phases != 1:
-        raise InvalidSettings(
-            "layers: the layers named go at once, and their numbers then mean others; take "
-            "--phases 1."
-        )
+    method = method_named(settings.method)
+    method.check_phases(settings, recovery.phases)
     if request.max_loss is not None and not request.evaluate:
         raise InvalidSettings("max_loss: needs a text to measure on; give --evaluate TEXT.")
     if request.teacher and not recovery.alpha:
         raise InvalidSettings(
             f"teacher: '{request.teacher}' would not be used with alpha 0; give --alpha 0.5, say."
         )
-    if method_named(settings.method).needs == "training":
+    if method.masks:
         _check_masks(settings.method, recovery)
     if recovery.teacher_tokens and not recovery.alpha:
         raise InvalidSettings(
@@ -167,7 +164,7 @@ def _check_masks(method: str, recovery: RecoverySettings) -> None:
         if (value := getattr(recovery, name)) is not None:
             raise InvalidSettings(
                 f"{name}: {method} has two phases of its own, of masks and of the model that is "
-                f"left (--mask-share); got {value:g}. Leave it out."
+                f"left; got {value:g}. Leave it out."
             )
     if recovery.lora_rank:
         raise InvalidSettings(

@@ -15,7 +15,7 @@ from ..allocate.masks import Masks
 from ..api import previous_record
 from ..data.sampling import updated_weights
 from ..errors import NonFiniteError
-from ..methods.sheared_llama import make_masks
+from ..methods import method_named
 from ..model.anatomy import find_anatomy
 from ..model.history import History
 from ..processes import decided_by_first
@@ -152,7 +152,9 @@ class Run:
 
     def _add_masks(self) -> None:
         anatomy = find_anatomy(self.model, self.materials.resource)
-        self.masks = make_masks(anatomy, self.request.settings, self.materials.target)
+        training = method_named(self.request.settings.method).masks
+        assert training is not None
+        self.masks = training.make(anatomy, self.request.settings, self.materials.target)
         self.masks.attach(anatomy)
 
     def _cut_by_masks(self, phase: Phase) -> None:

@@ -14,7 +14,6 @@ from transformers import get_constant_schedule_with_warmup, get_wsd_schedule
 from transformers import get_cosine_with_min_lr_schedule_with_warmup as get_cosine_schedule
 
 from ..errors import InvalidSettings
-from ..settings import PruneSettings
 from .settings import RecoverySettings
 
 PRUNE_PER_PHASE = 0.05
@@ -184,14 +183,3 @@ def learning_rates(settings: RecoverySettings, total_steps: int) -> Callable[[in
         return settings.learning_rate * share
 
     return at
-
-
-def settings_of_phase(settings: PruneSettings, num_phases: int) -> PruneSettings:
-    """How one phase prunes: `steps` are those of the whole run, but for the adaptive rule, which
-    counts them itself, and training does what tuning scales would do."""
-    changes: dict[str, int] = {}
-    if getattr(settings, "tuning_steps", 0):
-        changes["tuning_steps"] = 0
-    if getattr(settings, "allocation", "adaptive") != "adaptive":
-        changes["steps"] = math.ceil(getattr(settings, "steps") / num_phases)  # noqa: B009
-    return settings.model_copy(update=changes)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InvalidSettings
 from ..limits import (
-    Batch,
+    BatchSize,
     BatchTokens,
     Budget,
     Decay,
@@ -72,7 +72,7 @@ class RecoverySettings(BaseModel):
         BatchTokens, Field(description="Tokens of one optimizer step, over all processes.")
     ] = 131_072
     per_device_train_batch_size: Annotated[
-        Batch | None,
+        BatchSize | None,
         Field(
             description="Windows per forward pass; default: as many as 1 GB of logits allow, "
             "halved when memory runs out if there is one process.",

@@ -37,7 +37,7 @@ def read_weights(model: nn.Module, everywhere: bool) -> dict[str, Tensor]:
     return {name: found[name] for name, _ in model.named_parameters() if name in found}
 
 
-def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+def gather_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
     """Whole moments, on the first process. All processes call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -46,7 +46,7 @@ def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
     return dict(found.get("state", {}))
 
 
-def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments) -> None:
+def scatter_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments) -> None:
     """Spread the moments that the first process has. All processes call it."""
     from torch.distributed import broadcast_object_list
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict

@@ -96,7 +96,7 @@ class PhaseTraining:
         )
         if self.sharded:
             self.optimizer = optimizer
-            sharding.write_moments(model, optimizer, moments)
+            sharding.scatter_moments(model, optimizer, moments)
         else:
             write_moments(model, optimizer, moments)
             self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
@@ -199,7 +199,7 @@ class PhaseTraining:
         first process alone. All processes call it."""
         if self.sharded:
             weights = sharding.read_weights(self.wrapped, everywhere=False)
-            return weights, sharding.read_moments(self.wrapped, self.optimizer)
+            return weights, sharding.gather_moments(self.wrapped, self.optimizer)
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         return weights, read_moments(self.model, _plain(self.optimizer))
 
@@ -208,7 +208,7 @@ class PhaseTraining:
         if self.settings.moments == "reset":
             self.moments = {}
         elif self.sharded:
-            self.moments = sharding.read_moments(self.wrapped, self.optimizer)
+            self.moments = sharding.gather_moments(self.wrapped, self.optimizer)
         else:
             self.moments = read_moments(self.model, _plain(self.optimizer))
         if self.sharded:

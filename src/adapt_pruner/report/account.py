@@ -18,7 +18,7 @@ REPORT_FILE = "report.html"
 PACKAGES = ("adapt-pruner", "torch", "transformers", "datasets", "safetensors", "tokenizers")
 
 
-def versions() -> dict[str, str]:
+def versions_used() -> dict[str, str]:
     """Versions of what the result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -50,7 +50,7 @@ def run_record(result: PruningResult) -> dict[str, Any]:
         "measurements": result.measurements,
         "protocol": result.protocol or None,
         **({"training": result.training} if result.training else {}),
-        "versions": versions(),
+        "versions": versions_used(),
     }
 
 

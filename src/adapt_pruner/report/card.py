@@ -9,14 +9,14 @@ from ..export.engines import Serving
 from ..markup import fenced, markdown
 from .account import REPORT_FILE
 from .facts import Facts, facts_of
-from .record import Run
+from .record import StoredRun
 
 PAPER = "https://arxiv.org/abs/2502.03460"
 METRICS = {"perplexity": "perplexity", "bits per byte": "bits_per_byte"}
 """What a run measures -> its name as a metric on the hub."""
 
 
-def model_card(run: Run, drawn: Mapping[str, str]) -> str:
+def model_card(run: StoredRun, drawn: Mapping[str, str]) -> str:
     """Return a model card in the hub's form. `drawn` maps picture files to their descriptions."""
     facts = facts_of(run)
     body = [
@@ -83,7 +83,7 @@ def _parts(facts: Facts) -> Iterator[str]:
     yield ""
 
 
-def _files(run: Run) -> Iterator[str]:
+def _files(run: StoredRun) -> Iterator[str]:
     yield from ("## What is here", "", "| file | content |", "| --- | --- |")
     yield "| `config.json`, `*.safetensors`, tokenizer | the model, for transformers |"
     if run.is_portable:
@@ -96,7 +96,7 @@ def _files(run: Run) -> Iterator[str]:
     yield ""
 
 
-def _front_matter(run: Run) -> str:
+def _front_matter(run: StoredRun) -> str:
     """Metadata as the hub reads it, with the measurements as `model-index`."""
     from huggingface_hub import EvalResult, ModelCardData
 

@@ -15,6 +15,7 @@ from xml.etree import ElementTree as ET
 from markupsafe import Markup
 
 from ..figures import short
+from .series import LAYER, NUMBERED, Columns
 
 MANY = 400
 """Points of a line, and cells with a tooltip of their own, at most."""
@@ -73,14 +74,15 @@ class Chart:
         return Markup(ET.tostring(self.root, encoding="unicode"))
 
 
-def columns(name: str, title: str, before: Sequence[int | None], after: Sequence[int]) -> Markup:
-    """What each layer had, and has left. None: a layer without this kind of unit."""
-    count, high, plot = len(before), max(b or 0 for b in before), 150
-    left = sum(after) / max(sum(b or 0 for b in before), 1)
+def columns(name: str, units: Columns) -> Markup:
+    """What each layer had, and has left."""
+    layers, plot = units.layers, 150
+    count, high = len(units.before), max(old for _, old, _ in layers)
+    left = sum(new for *_, new in layers) / max(sum(old for _, old, _ in layers), 1)
     chart = Chart(
-        name, 20 + plot + 44, title,
+        name, 20 + plot + 44, units.title,
         f"Columns for {count} layers. In all {left:.0%} stay; "
-        + _extremes([a / b if b else None for a, b in zip(after, before, strict=True)]),
+        + _extremes([(new / old, i) for i, old, new in layers if old]),
     )  # fmt: skip
     top = 20
 
@@ -90,15 +92,13 @@ def columns(name: str, title: str, before: Sequence[int | None], after: Sequence
     chart.grid(ticks(0, high, 3), y_of)
     step = 100 / count
     labelled = "value middle" + (" wide" if count > 8 else "")
-    for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        if old is None:
-            continue
+    for i, old, new in layers:
         for value, kind in ((old, "before"), (new, "after")):
             bar = chart.rect((i + 0.14) * step, y_of(value), 0.72 * step, plot * value / high, kind)
             chart.add("title", bar).text = f"layer {i}: {old:,} before, {new:,} after"
-        if count <= 24:
+        if count <= NUMBERED:
             chart.text((i + 0.5) * step, y_of(new) - 5, f"{new:,}", labelled)
-    chart.below(_layer_labels(count), "decoder layer")
+    chart.below(_layer_labels(count), LAYER)
     return chart.markup()
 
 
@@ -127,7 +127,7 @@ def dots(name: str, title: str, kept: dict[int, tuple[int, list[int]]], count: i
             )  # fmt: skip
             verb = "stays" if stays else "is cut"
             chart.add("title", dot).text = f"layer {layer}, KV group {group} {verb}"
-    chart.below(_layer_labels(count), "decoder layer")
+    chart.below(_layer_labels(count), LAYER)
     return chart.markup()
 
 
@@ -154,7 +154,7 @@ def heat_map(name: str, title: str, rows: Sequence[Sequence[float]]) -> Markup:
                 chart.add("title", cell).text = f"step {step + 1}, layer {layer}: {value:+.2f}"
     frame = chart.rect(0, 0, 100, pitch * len(rows), "frame")
     frame.set("aria-hidden", "true")
-    chart.below(_layer_labels(count), "decoder layer")
+    chart.below(_layer_labels(count), LAYER)
     return chart.markup()
 
 
@@ -288,9 +288,8 @@ def _layer_labels(count: int) -> list[tuple[float, str]]:
     return [((i + 0.5) * 100 / count, str(i)) for i in range(0, count, every)]
 
 
-def _extremes(shares: Sequence[float | None]) -> str:
-    found = [(share, i) for i, share in enumerate(shares) if share is not None]
-    (low, least), (high, most) = min(found), max(found)
+def _extremes(shares: Sequence[tuple[float, int]]) -> str:
+    (low, least), (high, most) = min(shares), max(shares)
     return f"the most in layer {most} ({high:.0%}), the least in layer {least} ({low:.0%})."
 
 

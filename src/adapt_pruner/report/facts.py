@@ -10,14 +10,14 @@ from ..errors import LoadingError
 from ..export.engines import Serving, limits, servings
 from ..figures import change, duration, figure, in_bytes, promise, short, steps_of
 from ..parsing import ParsingError, parse_yaml
-from .record import Run
+from .record import StoredRun
+from .series import UNITS
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-KINDS = {"intermediate_size": "MLP neurons", "num_key_value_heads": "KV groups"}
 
 
 @dataclass(frozen=True)
-class Row:
+class FactRow:
     """One fact before and after."""
 
     name: str
@@ -28,7 +28,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Sample:
+class WrittenSample:
     """What both models wrote after a prompt; `dense` is None where that model was not at hand."""
 
     prompt: str
@@ -40,13 +40,13 @@ class Sample:
 class Extras:
     """What is made when the page is made, and not stored by the run."""
 
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[WrittenSample] = field(default_factory=list)
     missing_dense: str = ""
     """Why the dense model could not be asked, if it could not."""
     speed: dict[str, tuple[float, float]] = field(default_factory=dict)
     """"prefill" and "decode" -> tokens per second before and after."""
     speed_note: str = ""
-    scores: list[Row] = field(default_factory=list)
+    scores: list[FactRow] = field(default_factory=list)
     """Results of benchmarks."""
 
 
@@ -54,11 +54,11 @@ class Extras:
 class Facts:
     """What there is to say of one run."""
 
-    run: Run
+    run: StoredRun
     source: str
     """The dense model as a reader knows it: its name on the hub, or that of its directory."""
     sentences: list[str]
-    rows: list[Row]
+    rows: list[FactRow]
     parts: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     phases: list[dict[str, Any]]
@@ -76,7 +76,7 @@ class Facts:
     """What other tools may stumble over."""
 
 
-def facts_of(run: Run, extras: Extras | None = None) -> Facts:
+def facts_of(run: StoredRun, extras: Extras | None = None) -> Facts:
     """Gather them."""
     extras = extras or Extras()
     source = run.record.base_model or Path(dense_model(run) or "a model in memory").name
@@ -102,7 +102,7 @@ def facts_of(run: Run, extras: Extras | None = None) -> Facts:
     )
 
 
-def dense_model(run: Run) -> str | None:
+def dense_model(run: StoredRun) -> str | None:
     """Name or directory of the model that was pruned, as it was given."""
     try:
         recipe = parse_yaml(run.recipe)
@@ -112,7 +112,7 @@ def dense_model(run: Run) -> str | None:
     return (named if isinstance(named, str) else None) or run.record.source_model
 
 
-def _sentences(run: Run, source: str) -> list[str]:
+def _sentences(run: StoredRun, source: str) -> list[str]:
     record = run.record
     before, after = record.before, record.after
     if not record.steps:
@@ -138,11 +138,11 @@ def _sentences(run: Run, source: str) -> list[str]:
     ]
 
 
-def _size_rows(run: Run) -> list[Row]:
+def _size_rows(run: StoredRun) -> list[FactRow]:
     before, after = run.record.before, run.record.after
 
-    def row(name: str, old: float, new: float, form=lambda value: f"{value:,}", note="") -> Row:
-        return Row(name, form(old), form(new), change(old, new), note)
+    def row(name: str, old: float, new: float, form=lambda value: f"{value:,}", note="") -> FactRow:
+        return FactRow(name, form(old), form(new), change(old, new), note)
 
     rows = [
         row("parameters", before.total, after.total),
@@ -160,11 +160,11 @@ def _size_rows(run: Run) -> list[Row]:
     return rows
 
 
-def _both(run: Run) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
+def _both(run: StoredRun) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
     return run.record.widths_before, run.record.widths_after
 
 
-def _kv_entries(run: Run, widths: list[dict[str, int]]) -> int:
+def _kv_entries(run: StoredRun, widths: list[dict[str, int]]) -> int:
     """Key and value entries per token over all layers."""
     heads = run.record.widths_before[0].get("num_attention_heads")
     size = run.config.get("head_dim")
@@ -173,9 +173,9 @@ def _kv_entries(run: Run, widths: list[dict[str, int]]) -> int:
     return 2 * (size or 0) * sum(layer.get("num_key_value_heads", 0) for layer in widths)
 
 
-def _quality_rows(run: Run) -> list[Row]:
+def _quality_rows(run: StoredRun) -> list[FactRow]:
     return [
-        Row(
+        FactRow(
             name,
             figure(pair["before"]),
             figure(pair["after"]),
@@ -185,10 +185,10 @@ def _quality_rows(run: Run) -> list[Row]:
     ]
 
 
-def _speed_rows(run: Run, speed: dict[str, tuple[float, float]]) -> list[Row]:
+def _speed_rows(run: StoredRun, speed: dict[str, tuple[float, float]]) -> list[FactRow]:
     ideal = run.record.before.total / run.record.after.total
     return [
-        Row(
+        FactRow(
             f"{name} tokens/s",
             f"{old:,.0f}",
             f"{new:,.0f}",
@@ -199,7 +199,7 @@ def _speed_rows(run: Run, speed: dict[str, tuple[float, float]]) -> list[Row]:
     ]
 
 
-def _protocol(run: Run) -> str:
+def _protocol(run: StoredRun) -> str:
     told = run.record.protocol
     if not run.record.measurements or not told:
         return ""
@@ -210,12 +210,12 @@ def _protocol(run: Run) -> str:
     )
 
 
-def _layers(run: Run) -> list[dict[str, Any]]:
+def _layers(run: StoredRun) -> list[dict[str, Any]]:
     cut = run.record.parameters_cut
     return [
         {
             "layer": i,
-            **{name: (old.get(name), new.get(name, 0 if name in old else None)) for name in KINDS},
+            **{name: (old.get(name), new.get(name, 0 if name in old else None)) for name in UNITS},
             "heads": (
                 old.get("num_attention_heads"),
                 new.get("num_attention_heads", 0 if "num_attention_heads" in old else None),
@@ -230,7 +230,7 @@ PARTS = {"MLP": "intermediate_size", "attention": "num_key_value_heads"}
 """Part of a model -> the width that says how many units it has."""
 
 
-def _parts(run: Run) -> list[dict[str, Any]]:
+def _parts(run: StoredRun) -> list[dict[str, Any]]:
     """Units and parameters of each part."""
     before, after = run.record.before, run.record.after
     all_cut = before.total - after.total
@@ -240,7 +240,7 @@ def _parts(run: Run) -> list[dict[str, Any]]:
             units = [sum(widths.get(width, 0) for widths in of_layers) for of_layers in _both(run)]
             parts.append(
                 {
-                    "label": KINDS[width] if all(units) else part,
+                    "label": UNITS[width] if all(units) else part,
                     "units": units if all(units) else None,
                     "parameters": [before.parts[part], after.parts.get(part, 0)],
                 }
@@ -262,7 +262,7 @@ ABOUT_THE_SAME = 1.1
 """Times what the layer that gave up the least did, up to which layers are not told apart."""
 
 
-def _extremes(run: Run) -> str:
+def _extremes(run: StoredRun) -> str:
     """Which layer gave up the most and the least, in words."""
     cuts = run.record.parameters_cut
     if not any(cuts) or len(cuts) < 2:
@@ -285,7 +285,7 @@ def _extremes(run: Run) -> str:
     )
 
 
-def _phases(run: Run) -> list[dict[str, Any]]:
+def _phases(run: StoredRun) -> list[dict[str, Any]]:
     """Per phase: where it begins, its size, its tokens, its loss at start and end."""
     rows = []
     ends = [*(phase.tokens_before for phase in run.phases[1:]), float("inf")]
@@ -304,7 +304,7 @@ def _phases(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _loading(run: Run) -> str:
+def _loading(run: StoredRun) -> str:
     need = "import adapt_pruner  # layers differ in width\n" if run.is_heterogeneous else ""
     return (
         f"{need}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -313,7 +313,7 @@ def _loading(run: Run) -> str:
     )
 
 
-def _loading_notes(run: Run) -> list[str]:
+def _loading_notes(run: StoredRun) -> list[str]:
     """Sentences without anything that a user or a model is called: they go into Markdown as is."""
     if not run.is_heterogeneous:
         return []

@@ -12,47 +12,47 @@ from pydantic import BaseModel
 
 from ..figures import figure
 from . import charts
-from .record import Count, Figure, parse
+from .record import FiniteNumber, WholeNumber, parse
 
 STUDY_FILE = "study.json"
 MOST = 20
 """Rows of a table, and points with a label."""
 
 
-class Sample(BaseModel):
+class ChosenSample(BaseModel):
     """A text that the model was calibrated on."""
 
-    sample: Count
-    group: Count | None
+    sample: WholeNumber
+    group: WholeNumber | None
     source: str
-    loss: Figure
+    loss: FiniteNumber
     text: str
 
 
 class Trial(BaseModel):
-    number: Count
+    number: WholeNumber
     state: str
-    value: Figure | None
+    value: FiniteNumber | None
 
 
 class Study(BaseModel):
     """Of a study.json, what is read of it."""
 
     format: Literal[1]
-    dense: Figure
-    value: Figure
+    dense: FiniteNumber
+    value: FiniteNumber
     heldout: dict[str, Any] | None = None
-    objectives: dict[str, Figure]
-    best_trial: Count
+    objectives: dict[str, FiniteNumber]
+    best_trial: WholeNumber
     rule: str
-    front: Annotated[list[dict[str, Figure]], MaxLen(100_000)]
-    importances: dict[str, Figure]
-    samples: Annotated[list[Sample], MaxLen(1_000_000)]
+    front: Annotated[list[dict[str, FiniteNumber]], MaxLen(100_000)]
+    importances: dict[str, FiniteNumber]
+    samples: Annotated[list[ChosenSample], MaxLen(1_000_000)]
     trials: Annotated[list[Trial], MaxLen(100_000)]
 
 
 @dataclass
-class Found:
+class FoundSettings:
     """What the template shows of a search."""
 
     study: Study
@@ -66,7 +66,7 @@ class Found:
     """Name of each cost -> quality over it."""
 
 
-def read_found(directory: Path, id: str) -> Found | None:
+def read_found(directory: Path, id: str) -> FoundSettings | None:
     """What the search in a directory found; None if there was none. Raises LoadingError."""
     file = directory / STUDY_FILE
     if not file.is_file():
@@ -79,7 +79,7 @@ def read_found(directory: Path, id: str) -> Found | None:
     if study.heldout:
         dense, value = figure(study.heldout["dense"]), figure(study.heldout["value"])
         rows.append(("held out", dense, value))
-    return Found(
+    return FoundSettings(
         study=study,
         quality=quality,
         states=f"{len(study.trials)} trials, {stopped} stopped early, {failed} failed",

@@ -9,11 +9,23 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from .. import __version__
-from ..figures import duration, figure, short, smoothed
+from ..figures import duration, figure
 from . import charts
-from .facts import Extras, Facts, Row, facts_of
-from .found import Found, read_found
-from .record import Run, TrainingStep
+from .facts import Extras, FactRow, Facts, facts_of
+from .found import FoundSettings, read_found
+from .record import StoredRun
+from .series import (
+    DARK,
+    IMPORTANCE_TITLE,
+    LEAST,
+    LIGHT,
+    MOST,
+    TOKENS,
+    TRAINING_TITLE,
+    columns_of,
+    importance_of,
+    training_of,
+)
 
 GENERATOR = f"adapt-pruner {__version__}"
 MARK = '<meta name="generator" content="adapt-pruner'
@@ -30,17 +42,17 @@ class Section:
     """What the template shows of one run."""
 
     id: str
-    run: Run
+    run: StoredRun
     facts: Facts
     heading: str
-    headline: list[Row]
+    headline: list[FactRow]
     charts: dict[str, Markup | None]
     extras: Extras
-    found: Found | None
+    found: FoundSettings | None
     """How a search found the run's settings, if one did."""
 
 
-def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
+def render(runs: Sequence[StoredRun], extras: Sequence[Extras] = ()) -> str:
     """Return the page of one run, or of several with a comparison at its top.
 
     Args:
@@ -65,6 +77,13 @@ def render(runs: Sequence[Run], extras: Sequence[Extras] = ()) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} pruned models",
         sections=sections,
         generator=GENERATOR,
+        colors={"light": LIGHT, "dark": DARK},
+        titles={
+            "training": TRAINING_TITLE,
+            "importance": IMPORTANCE_TITLE,
+            "least": LEAST,
+            "most": MOST,
+        },
         overview=_overview(sections),
     )
 
@@ -78,7 +97,7 @@ def _code(sentence: str) -> Markup:
     )
 
 
-def _section(run: Run, id: str, extras: Extras) -> Section:
+def _section(run: StoredRun, id: str, extras: Extras) -> Section:
     facts = facts_of(run, extras)
     measured = bool(run.record.measurements or extras.scores)
     parts = ["size", *["quality"] * measured, *["speed"] * bool(extras.speed)]
@@ -94,19 +113,16 @@ def _section(run: Run, id: str, extras: Extras) -> Section:
     )
 
 
-def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
+def _charts(run: StoredRun, id: str, facts: Facts) -> dict[str, Markup | None]:
     record = run.record
-    before, after = record.widths_before, record.widths_after
     drawn: dict[str, Markup | None] = dict.fromkeys(CHARTS)
-    if any("intermediate_size" in widths for widths in before):
-        drawn["neurons"] = charts.columns(
-            f"{id}-neurons", "MLP neurons of each layer, before and after",
-            [widths.get("intermediate_size") for widths in before],
-            [widths.get("intermediate_size", 0) for widths in after],
-        )  # fmt: skip
+    units = columns_of(record.widths_before, record.widths_after)
+    if neurons := units.get("intermediate_size"):
+        drawn["neurons"] = charts.columns(f"{id}-neurons", neurons)
     if run.kept_groups:
+        count = len(record.widths_before)
         drawn["groups"] = charts.dots(
-            f"{id}-groups", "KV groups of each layer, kept and cut", run.kept_groups, len(before)
+            f"{id}-groups", "KV groups of each layer, kept and cut", run.kept_groups, count
         )
     if facts.parts:
         drawn["budget"] = charts.stack(
@@ -117,11 +133,8 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
                 for i, label in enumerate(("before", "after"))
             ],
         )
-    importance = [step.layer_importance for step in record.steps]
-    if importance and importance[0]:
-        drawn["importance"] = charts.heat_map(
-            f"{id}-importance", "Importance of each layer before each step", importance
-        )
+    if importance := importance_of(record.steps):
+        drawn["importance"] = charts.heat_map(f"{id}-importance", IMPORTANCE_TITLE, importance)
     sizes = [record.before.total, *(step.parameters for step in record.steps)]
     losses = [(size, step.loss) for size, step in zip(sizes, record.steps, strict=False)]
     if len(losses) > 2 and all(loss > 0 for _, loss in losses):
@@ -130,20 +143,11 @@ def _charts(run: Run, id: str, facts: Facts) -> dict[str, Markup | None]:
             dotted=len(losses) <= 30, reverse=True,
         )  # fmt: skip
     if len(run.training) > 1:
+        curve = training_of(run.training, run.phases)
         drawn["training"] = charts.line(
-            f"{id}-training",
-            "Training loss over tokens, with the cuts",
-            "tokens trained on",
-            [(step.tokens, step.loss) for step in run.training],
-            [(phase.tokens_before, short(phase.parameters)) for phase in run.phases],
-            smooth=_smoothed(run.training),
+            f"{id}-training", TRAINING_TITLE, TOKENS, curve.points, curve.cuts, smooth=curve.means
         )
     return drawn
-
-
-def _smoothed(steps: Sequence[TrainingStep]) -> list[tuple[float, float]]:
-    means = smoothed([step.loss for step in steps], [step.phase for step in steps])
-    return [(float(step.tokens), mean) for step, mean in zip(steps, means, strict=True)]
 
 
 def _overview(sections: Sequence[Section]) -> Markup | None:

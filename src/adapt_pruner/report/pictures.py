@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
+from .series import (
+    IMPORTANCE_TITLE,
+    LAYER,
+    LEAST,
+    LIGHT,
+    MOST,
+    NUMBERED,
+    STEP,
+    columns_of,
+    importance_of,
+)
 
 if TYPE_CHECKING:
     from ..result import PruningResult
 
-BEFORE, AFTER, ACCENT = "#c9d3df", "#1f6feb", "#d1495b"
+BEFORE, AFTER, ACCENT = LIGHT["before"], LIGHT["after"], LIGHT["warm"]
 
 
 def draw_all(directory: Path, result: PruningResult) -> dict[str, str]:
@@ -19,9 +31,9 @@ def draw_all(directory: Path, result: PruningResult) -> dict[str, str]:
     if not result.steps:
         return {}
     drawn = {"widths.svg": ("Widths of each decoder layer before and after", draw_widths(result))}
-    if result.steps[0].layer_importance:
+    if importance_of(result.steps):
         drawn["layer_importance.svg"] = (
-            "Importance of each decoder layer over the pruning steps",
+            IMPORTANCE_TITLE,
             draw_layer_importance(result),
         )
     for name, (_, figure) in drawn.items():
@@ -39,49 +51,58 @@ def save_figure(figure: Any, file: Path) -> None:
 
 def draw_widths(result: PruningResult) -> Any:
     """Bars of what each layer had and has left: MLP neurons and KV groups."""
-    rows = [("intermediate_size", "MLP neurons"), ("num_key_value_heads", "KV groups")]
-    rows = [(key, label) for key, label in rows if any(key in w for w in result.widths_before)]
-    figure, axes = make_figure(7.5, 2.3 * len(rows), len(rows))
-    for axis, (key, label) in zip(axes, rows, strict=True):
-        layers = [i for i, widths in enumerate(result.widths_before) if key in widths]
-        old = [result.widths_before[i][key] for i in layers]
-        new = [result.widths_after[i][key] for i in layers]
+    drawn = columns_of(result.widths_before, result.widths_after).values()
+    figure, axes = make_figure(7.5, 2.3 * len(drawn), len(drawn))
+    for axis, units in zip(axes, drawn, strict=True):
+        layers, old, new = zip(*units.layers, strict=True)
         axis.bar(layers, old, color=BEFORE, width=0.8, label="before")
         axis.bar(layers, new, color=AFTER, width=0.8, label="after")
-        axis.set_ylabel(label)
-        axis.set_xlim(-0.6, len(result.widths_before) - 0.4)
-        if len(layers) <= 16:
+        axis.set_ylabel(units.label)
+        axis.set_xlim(-0.6, len(units.before) - 0.4)
+        if len(layers) <= NUMBERED:
             for i, width in zip(layers, new, strict=True):
                 axis.annotate(
-                    str(width), (i, width), ha="center", va="bottom", fontsize=8, color="#333",
-                    xytext=(0, 1), textcoords="offset points",
+                    str(width), (i, width), ha="center", va="bottom", fontsize=8,
+                    color=LIGHT["ink"], xytext=(0, 1), textcoords="offset points",
                 )  # fmt: skip
         axis.set_ylim(0, 1.15 * max(old))
     axes[0].legend(ncols=2, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     axes[0].set_title(
         f"{result.before.total:,} → {result.after.total:,} parameters", loc="left", fontsize=11
     )
-    axes[-1].set_xlabel("decoder layer")
+    axes[-1].set_xlabel(LAYER)
     return figure
 
 
 def draw_layer_importance(result: PruningResult) -> Any:
     """Heat map: how much each layer changed its input before each step (figure 1 of the paper)."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = [LIGHT["cool"], "white", LIGHT["warm"]]
+    return draw_heat_map(
+        importance_of(result.steps), IMPORTANCE_TITLE, STEP, f"{LEAST}  ←  →  {MOST}",
+        cmap=LinearSegmentedColormap.from_list("importance", colors), vmin=-1, vmax=1,
+    )  # fmt: skip
+
+
+def draw_heat_map(
+    rows: Sequence[Sequence[float]], title: str, row: str, scale: str = "", **colors: Any
+) -> Any:
+    """A row for each `row`, counted from 1 at the top, a column for each decoder layer."""
     from matplotlib.ticker import MaxNLocator
 
-    importance = [step.layer_importance for step in result.steps]
-    figure, (axis,) = make_figure(7.5, min(2.2 + 0.16 * len(importance), 7), 1)
+    figure, (axis,) = make_figure(7.5, min(2.2 + 0.16 * len(rows), 7), 1)
     image = axis.imshow(
-        importance, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest",
-        extent=(-0.5, len(importance[0]) - 0.5, len(importance) + 0.5, 0.5),
+        rows, aspect="auto", interpolation="nearest",
+        extent=(-0.5, len(rows[0]) - 0.5, len(rows) + 0.5, 0.5), **colors,
     )  # fmt: skip
     axis.grid(False)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("decoder layer")
-    axis.set_ylabel("pruning step")
-    axis.set_title("Layer importance before each step", loc="left", fontsize=11)
-    figure.colorbar(image, label="less  ←  change of the input  →  more", pad=0.02)
+    axis.set_xlabel(LAYER)
+    axis.set_ylabel(row)
+    axis.set_title(title, loc="left", fontsize=11)
+    figure.colorbar(image, label=scale, pad=0.02)
     return figure
 
 
@@ -97,7 +118,7 @@ def make_figure(
     axes = figure.subplots(rows, 1, sharex=sharex, squeeze=False)[:, 0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+        axis.grid(axis="y", color=LIGHT["rule"], linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, list(axes)
 

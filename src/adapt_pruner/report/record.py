@@ -24,8 +24,8 @@ from ..files import MAX_JSON_BYTES, read_bytes, read_json
 from ..limits import (
     MAX_TOKENS,
     Documents,
+    NumTokens,
     Share,
-    Tokens,
     Width,
     message_of,
 )
@@ -36,9 +36,9 @@ from ..result import PRUNING_FILE, Size, StepRecord
 
 RUN_FILE = "run.json"
 MOST_LAYERS = 2_000
-Figure = Annotated[float, AllowInfNan(False)]
+FiniteNumber = Annotated[float, AllowInfNan(False)]
 Speedup = Annotated[float, Gt(0), Le(1e12), AllowInfNan(False)]
-Count = Annotated[int, Ge(0), Le(10**15)]
+WholeNumber = Annotated[int, Ge(0), Le(10**15)]
 TokenCount = Annotated[int, Ge(0), Le(MAX_TOKENS)]
 Widths = Annotated[list[dict[str, Annotated[int, Ge(0), Le(10**9)]]], MaxLen(MOST_LAYERS)]
 LayerNumber = Annotated[int, Ge(0), Lt(MOST_LAYERS)]
@@ -48,16 +48,16 @@ T = TypeVar("T")
 class Pair(TypedDict):
     """A figure before and after."""
 
-    before: Figure
-    after: Figure
+    before: FiniteNumber
+    after: FiniteNumber
 
 
 class Protocol(BaseModel):
     """How quality was measured: `run.protocol`."""
 
     text: str
-    window: Tokens
-    stride: Tokens
+    window: NumTokens
+    stride: NumTokens
     max_windows: Documents | None = None
 
 
@@ -77,12 +77,12 @@ class Timing(BaseModel):
     circumstances: Annotated[str, MaxLen(5_000)]
 
 
-class Target(BaseModel):
+class StoredTarget(BaseModel):
     """What was asked for, and how it was met."""
 
     limits: Annotated[str, MaxLen(200)]
-    most: Count
-    reached: Count
+    most: WholeNumber
+    reached: WholeNumber
     timing: Timing | None = None
 
 
@@ -93,8 +93,8 @@ class RunRecord(BaseModel):
     created: str
     source_model: str | None = None
     base_model: str | None = None
-    target_parameters: Count | None = None
-    target: Target | None = None
+    target_parameters: WholeNumber | None = None
+    target: StoredTarget | None = None
     """Where it is no number of parameters."""
     before: Size
     after: Size
@@ -105,7 +105,7 @@ class RunRecord(BaseModel):
     layers_left: Annotated[list[LayerNumber], MaxLen(MOST_LAYERS)] | None = None
     """Original numbers of the decoder layers that are left; None: all of them."""
     steps: Annotated[list[StepRecord], MaxLen(100_000)] = []
-    seconds: Annotated[Figure, Ge(0)]
+    seconds: Annotated[FiniteNumber, Ge(0)]
     measurements: dict[str, Pair] = {}
     protocol: Protocol | None = None
     training: Recovery | None = None
@@ -142,7 +142,7 @@ class RunRecord(BaseModel):
     @property
     def target_sentence(self) -> str:
         """What was asked for, and how it was met."""
-        target = self.target or Target(
+        target = self.target or StoredTarget(
             limits="parameters",
             most=self.target_parameters or self.after.total,
             reached=self.after.total,
@@ -169,8 +169,8 @@ def _check_size(size: Size, layers: int) -> None:
 class TrainingStep(BaseModel):
     """One line of training.jsonl: an optimizer step of recovery training."""
 
-    step: Count
-    phase: Count
+    step: WholeNumber
+    phase: WholeNumber
     tokens: TokenCount
     """Trained on so far, over all phases."""
     loss: float
@@ -179,19 +179,21 @@ class TrainingStep(BaseModel):
     tokens_per_second: float
 
 
-class Phase(BaseModel):
+class StoredPhase(BaseModel):
     """One entry of phases.json: a cut, and the training that follows it."""
 
-    phase: Count
+    phase: WholeNumber
     tokens_before: TokenCount
-    parameters: Count
+    tokens: TokenCount = 0
+    """That it trains on."""
+    parameters: WholeNumber
     widths: list[Any]
-    evaluation: dict[str, Figure] | None = None
+    evaluation: dict[str, FiniteNumber] | None = None
 
 
 class _Pruned(BaseModel):
     units: Width
-    kept: list[Count]
+    kept: list[WholeNumber]
 
     @model_validator(mode="after")
     def _are_units(self) -> _Pruned:
@@ -231,7 +233,7 @@ def _kept_groups(
 
 
 @dataclass
-class Run:
+class StoredRun:
     """A run directory, read."""
 
     directory: Path
@@ -243,7 +245,7 @@ class Run:
     kept_groups: dict[int, tuple[int, list[int]]]
     """Layer -> how many KV groups it had, and which of them stayed."""
     training: list[TrainingStep] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
+    phases: list[StoredPhase] = field(default_factory=list)
 
     @property
     def is_heterogeneous(self) -> bool:
@@ -256,7 +258,7 @@ class Run:
         return bool(self.config.get("auto_map"))
 
 
-def read_run(directory: str | Path, name: str | None = None) -> Run:
+def read_run(directory: str | Path, name: str | None = None) -> StoredRun:
     """Read the directory of a run; its weights are not touched.
 
     Args:
@@ -271,7 +273,7 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{directory}' holds no {RUN_FILE}; name a directory that `adapt-pruner prune` wrote."
         )
     recipe, pruning = directory / "recipe.yaml", directory / PRUNING_FILE
-    phases = directory / "phases.json"
+    training, phases = read_training(directory)
     config = parse(dict[str, Any], directory / "config.json")
     check_sizes(str(directory), config)
     record = parse(RunRecord, directory / RUN_FILE)
@@ -281,16 +283,27 @@ def read_run(directory: str | Path, name: str | None = None) -> Run:
             f"'{pruning}' tells of layer {beyond[0]}, but by {RUN_FILE} there are "
             f"{len(record.widths_before)}: the files are not of the same run. Restore them."
         )
-    return Run(
+    return StoredRun(
         directory=directory,
         name=name or directory.resolve().name,
         record=record,
         recipe=_text(recipe) if recipe.is_file() else "",
         config=config,
         kept_groups=groups,
-        training=_training_log(directory / "training.jsonl"),
-        phases=parse(list[Phase], phases) if phases.is_file() else [],
+        training=training,
+        phases=phases,
     )
+
+
+def read_training(directory: Path) -> tuple[list[TrainingStep], list[StoredPhase]]:
+    """What the directory of a run of recovery training tells of it; empty of another.
+
+    Raises:
+        LoadingError: if a file is damaged.
+    """
+    file = directory / "phases.json"
+    phases = parse(list[StoredPhase], file) if file.is_file() else []
+    return _training_log(directory / "training.jsonl"), phases
 
 
 def _training_log(file: Path) -> list[TrainingStep]:

@@ -13,8 +13,8 @@ import torch
 from ..errors import AdaptPrunerError, InvalidSettings, shown
 from ..evaluation import compare_speed
 from ..model.loading import load_model, load_tokenizer
-from .facts import Extras, Sample, dense_model
-from .record import Run
+from .facts import Extras, WrittenSample, dense_model
+from .record import StoredRun
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Wanted:
     trust_remote_code: bool = False
 
 
-def make_extras(run: Run, wanted: Wanted) -> Extras:
+def make_extras(run: StoredRun, wanted: Wanted) -> Extras:
     """Let the pruned model write, and the dense one where it is named; time them.
 
     What recipe.yaml and run.json call the dense model is text that came with the directory: it is
@@ -60,13 +60,13 @@ def make_extras(run: Run, wanted: Wanted) -> Extras:
             _continue(model, tokenizer, prompt, ids_1T, wanted.max_new_tokens) if model else None
             for model in (dense, pruned)
         ]
-        extras.samples.append(Sample(prompt, written[0], written[1] or ""))
+        extras.samples.append(WrittenSample(prompt, written[0], written[1] or ""))
     if wanted.speed and dense:
         _measure_speed(extras, dense, pruned)
     return extras
 
 
-def _not_named(run: Run) -> str:
+def _not_named(run: StoredRun) -> str:
     named = dense_model(run)
     if not named:
         return "name it by --dense MODEL."

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from ..errors import LoadingError
 from ..figures import change, figure
-from .facts import Row, dense_model
-from .record import Run, parse
+from .facts import FactRow, dense_model
+from .record import StoredRun, parse
 
 
 class _Score(BaseModel):
@@ -43,7 +43,7 @@ class _File(BaseModel):
     models: list[_Evaluated]
 
 
-def score_rows(run: Run, file: Path) -> list[Row]:
+def score_rows(run: StoredRun, file: Path) -> list[FactRow]:
     """What the file says of the run, beside the dense model where that is in it, too.
 
     Raises:
@@ -73,7 +73,7 @@ def _find(models: Sequence[_Evaluated], names: list[str], parameters: int) -> _E
     return None
 
 
-def _row(after: _Score, before: _Score | None, part: str) -> Row:
+def _row(after: _Score, before: _Score | None, part: str) -> FactRow:
     if before is None:
         moved = ""
     elif after.is_share:
@@ -84,4 +84,4 @@ def _row(after: _Score, before: _Score | None, part: str) -> Row:
         after.name if after.metric == "mean" else f"{after.name} {after.metric.replace('_', ' ')}"
     )
     note = ", ".join(["%"] * after.is_share + [part] * bool(part))
-    return Row(name, before.written() if before else "–", after.written(), moved, note)
+    return FactRow(name, before.written() if before else "–", after.written(), moved, note)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadingError
-from ..figures import smoothed
-from ..files import read_json
-from ..parsing import ParsingError, parse_json
-from .pictures import ACCENT, AFTER, BEFORE, make_figure, save_figure
-
-LINE = "#57606a"
+from ..figures import short
+from .pictures import ACCENT, AFTER, BEFORE, draw_heat_map, make_figure, save_figure
+from .record import StoredPhase, TrainingStep, read_training
+from .series import LIGHT, TOKENS, TRAINING_TITLE, training_of
 
 
 def draw_training(run: Path, pictures: Path) -> dict[str, str]:
@@ -19,19 +17,11 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
 
     Returns the SVG files with a description of each.
     """
-    file = run / "training.jsonl"
-    try:
-        log = [parse_json(line) for line in file.read_bytes().splitlines()]
-    except ParsingError as error:
-        raise LoadingError(f"'{file}' is {error}; restore it.") from error
-    phases = read_json(run / "phases.json")
+    log, phases = read_training(run)
     if not log or not phases:
         return {}
     drawn = {
-        "training.svg": (
-            "Loss and parameters over the tokens trained on, with the cuts",
-            draw_loss(log, phases),
-        ),
+        "training.svg": (TRAINING_TITLE, draw_loss(log, phases)),
         "phases.svg": ("MLP width of each decoder layer after each phase", draw_phases(phases)),
     }
     for name, (_, figure) in drawn.items():
@@ -39,23 +29,21 @@ def draw_training(run: Path, pictures: Path) -> dict[str, str]:
     return {name: description for name, (description, _) in drawn.items()}
 
 
-def draw_loss(log: list[dict[str, Any]], phases: list[dict[str, Any]]) -> Any:
+def draw_loss(log: Sequence[TrainingStep], phases: Sequence[StoredPhase]) -> Any:
     """Above the loss per step and its running mean, below the parameters; cuts are dotted lines."""
-    measured = [(phase, phase["evaluation"]) for phase in phases if phase["evaluation"]]
+    measured = [(phase, phase.evaluation) for phase in phases if phase.evaluation]
     figure, axes = make_figure(7.5, 4.4 + 1.6 * bool(measured), 2 + bool(measured))
-    tokens, losses = [line["tokens"] for line in log], [line["loss"] for line in log]
-    axes[0].plot(tokens, losses, color=BEFORE, linewidth=0.8)
-    axes[0].plot(
-        tokens, smoothed(losses, [line["phase"] for line in log]), color=AFTER, linewidth=1.6
-    )
+    curve, end = training_of(log, phases), log[-1].tokens
+    axes[0].plot(*zip(*curve.points, strict=True), color=BEFORE, linewidth=0.8)
+    axes[0].plot(*zip(*curve.means, strict=True), color=AFTER, linewidth=1.6)
     axes[0].set_ylabel("loss (nats per token)")
-    cuts = [phase["tokens_before"] for phase in phases]
-    sizes = [phase["parameters"] for phase in phases]
-    axes[1].stairs(sizes, [*cuts, tokens[-1]], baseline=None, color=LINE, linewidth=1.6)
+    cuts = [tokens for tokens, _ in curve.cuts]
+    sizes = [phase.parameters for phase in phases]
+    axes[1].stairs(sizes, [*cuts, end], baseline=None, color=LIGHT["soft"], linewidth=1.6)
     axes[1].set_ylim(0, 1.15 * max(sizes))
     axes[1].set_ylabel("parameters")
     if measured:
-        ends = [phase["tokens_before"] + phase["tokens"] for phase, _ in measured]
+        ends = [phase.tokens_before + phase.tokens for phase, _ in measured]
         values = [found["perplexity"] for _, found in measured]
         axes[2].plot(ends, values, "o-", color=ACCENT, markersize=4, linewidth=1)
         axes[2].set_ylim(0, 1.15 * max(values))
@@ -64,28 +52,16 @@ def draw_loss(log: list[dict[str, Any]], phases: list[dict[str, Any]]) -> Any:
         for cut in cuts:
             axis.axvline(cut, color=ACCENT, linewidth=0.7, linestyle=":")
     axes[0].set_title(
-        f"{len(phases)} phases, {tokens[-1]:,} tokens; dotted: a cut", loc="left", fontsize=11
+        f"{len(phases)} phases, {end:,} tokens; dotted: a cut", loc="left", fontsize=11
     )
-    axes[-1].set_xlabel("tokens trained on")
-    axes[-1].set_xlim(0, tokens[-1])
+    axes[-1].set_xlabel(TOKENS)
+    axes[-1].set_xlim(0, end)
+    for axis in (axes[1].yaxis, axes[-1].xaxis):
+        axis.set_major_formatter(lambda value, _: short(value))
     return figure
 
 
-def draw_phases(phases: list[dict[str, Any]]) -> Any:
+def draw_phases(phases: Sequence[StoredPhase]) -> Any:
     """Heat map: MLP neurons that each layer has left after each phase."""
-    from matplotlib.ticker import MaxNLocator
-
-    widths = [[layer["intermediate_size"] for layer in phase["widths"]] for phase in phases]
-    figure, (axis,) = make_figure(7.5, min(2.0 + 0.2 * len(widths), 7), 1)
-    image = axis.imshow(
-        widths, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest",
-        extent=(-0.5, len(widths[0]) - 0.5, len(widths) + 0.5, 0.5),
-    )  # fmt: skip
-    axis.grid(False)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("decoder layer")
-    axis.set_ylabel("phase")
-    axis.set_title("MLP neurons left after each phase", loc="left", fontsize=11)
-    figure.colorbar(image, pad=0.02)
-    return figure
+    widths = [[layer["intermediate_size"] for layer in phase.widths] for phase in phases]
+    return draw_heat_map(widths, "MLP neurons left after each phase", "phase", cmap="Blues", vmin=0)

@@ -21,7 +21,7 @@ from ..precision import in_float64, zero_in_float64
 TOKENS = 256
 """Tokens whose logits are there at once."""
 
-Outcome = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+HeadOutcome = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Takes the logits (N, V) of some of the tokens, and which; returns the sum of what is minimised,
 float64, and its gradient to the logits."""
 
@@ -50,7 +50,9 @@ def hidden_states(model: Any, tokens_BT: Tensor) -> Tensor:
     return model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
 
-def through_head(head: nn.Module, hidden_BTD: Tensor, outcome: Outcome) -> tuple[Tensor, Tensor]:
+def through_head(
+    head: nn.Module, hidden_BTD: Tensor, outcome: HeadOutcome
+) -> tuple[Tensor, Tensor]:
     """Sum of `outcome` over all tokens, and its gradient to the hidden states.
 
     Returns a float64 scalar, and a tensor like the hidden states. Changes no gradient.
@@ -69,7 +71,7 @@ def through_head(head: nn.Module, hidden_BTD: Tensor, outcome: Outcome) -> tuple
     return total, gradient_ND.view_as(hidden_BTD)
 
 
-def value_through_head(head: nn.Module, hidden_BTD: Tensor, outcome: Outcome) -> Tensor:
+def value_through_head(head: nn.Module, hidden_BTD: Tensor, outcome: HeadOutcome) -> Tensor:
     """The same sum alone."""
     flat_ND, total = hidden_BTD.flatten(0, 1), zero_in_float64(hidden_BTD.device)
     for start in range(0, len(flat_ND), TOKENS):
@@ -79,7 +81,7 @@ def value_through_head(head: nn.Module, hidden_BTD: Tensor, outcome: Outcome) ->
     return total
 
 
-def cross_entropy(tokens_BT: Tensor) -> Outcome:
+def cross_entropy(tokens_BT: Tensor) -> HeadOutcome:
     """Sum over windows of the mean cross-entropy of the next token, in nats.
 
     The last token of a window predicts nothing.

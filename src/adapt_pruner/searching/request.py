@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..limits import Length, Name, Rounds, Runs, ShareBelowOne, Tokens, Windows
+from ..limits import Length, Name, NumTokens, Rounds, Runs, ShareBelowOne, Windows
 from ..settings import PruneSettings
 
 ADA_PRUNER = "ada-pruner"
@@ -84,8 +84,10 @@ class SearchSettings(BaseModel):
             "default: the weights as the checkpoint holds them."
         ),
     ] = None
-    prompt_tokens: Annotated[Tokens, Field(description="Tokens read, where latency counts.")] = 256
-    new_tokens: Annotated[Tokens, Field(description="Tokens written after them.")] = 32
+    prompt_tokens: Annotated[NumTokens, Field(description="Tokens read, where latency counts.")] = (
+        256
+    )
+    new_tokens: Annotated[NumTokens, Field(description="Tokens written after them.")] = 32
     validation_window: Annotated[
         Length, Field(description="Tokens per window of the validation text.")
     ] = 256

@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from .request import SearchSettings
 from .space import Space
 
-STARTUP = 10
+FIRST_TRIALS = 10
 """Random trials before the first that is proposed, and before the first that is stopped early."""
 
 
@@ -54,7 +54,7 @@ def make_sampler(search: SearchSettings, space: Space, seed: int) -> BaseSampler
     if search.sampler == "random":
         return SeededSampler(lambda seed: RandomSampler(seed=seed), seed)
     return SeededSampler(
-        lambda seed: TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True), seed
+        lambda seed: TPESampler(seed=seed, n_startup_trials=FIRST_TRIALS, multivariate=True), seed
     )
 
 
@@ -62,4 +62,4 @@ def make_pruner(search: SearchSettings) -> optuna.pruners.BasePruner:
     """What stops trials early."""
     if not search.early_stop:
         return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(n_startup_trials=STARTUP)
+    return optuna.pruners.MedianPruner(n_startup_trials=FIRST_TRIALS)

@@ -24,7 +24,7 @@ MOST_POINTS = 100_000
 
 
 @dataclass(frozen=True)
-class OneOf:
+class Choices:
     """One of several values."""
 
     values: tuple[Any, ...]
@@ -69,7 +69,7 @@ class Range:
         return stored
 
 
-Space = dict[str, OneOf | Range]
+Space = dict[str, Choices | Range]
 
 
 def make_space(
@@ -87,10 +87,10 @@ def make_space(
     is_ours = isinstance(settings, AdaPrunerSettings)
     if is_ours and search.over in ("both", "samples"):
         space.update({f"group {i}": Range(0.0, 1.0) for i in range(search.groups)})
-        space["draw"] = OneOf(tuple(range(search.draws)))
+        space["draw"] = Choices(tuple(range(search.draws)))
     if is_ours and search.over in ("both", "importance"):
         space.update(dict.fromkeys(("alpha_coarse", "alpha_fine"), Range(0.0, 1.0)))
-        space.update({name: OneOf(v) for name, v in FACTORS[settings.alignment].items()})
+        space.update({name: Choices(v) for name, v in FACTORS[settings.alignment].items()})
     if search.layer_spread:
         if not is_ours or settings.allocation != "even":
             raise InvalidSettings(
@@ -149,7 +149,7 @@ def parse_space(
     return space
 
 
-def _parsed_sparsity(said: Any, costs: Sequence[str]) -> OneOf | Range:
+def _parsed_sparsity(said: Any, costs: Sequence[str]) -> Choices | Range:
     if not costs:
         raise InvalidSettings(
             "space: sparsity can be searched with several objectives alone, such as --objective "
@@ -168,14 +168,14 @@ def lengths_of(settings: PruneSettings, space: Space) -> list[int]:
     return list(_ends(found)) if found else [settings.window_length]
 
 
-def greatest(of: OneOf | Range) -> Any:
+def greatest(of: Choices | Range) -> Any:
     """The largest value."""
     return max(_ends(of))
 
 
-def _parsed(name: str, said: Any) -> OneOf | Range:
+def _parsed(name: str, said: Any) -> Choices | Range:
     if isinstance(said, list) and said:
-        return OneOf(tuple(said))
+        return Choices(tuple(said))
     if isinstance(said, Mapping) and {"low", "high"} <= said.keys() <= {"low", "high", "log"}:
         low, high, log = said["low"], said["high"], said.get("log", False)
         numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (low, high))
@@ -187,5 +187,5 @@ def _parsed(name: str, said: Any) -> OneOf | Range:
     )
 
 
-def _ends(of: OneOf | Range) -> tuple[Any, ...]:
-    return of.values if isinstance(of, OneOf) else (of.low, of.high)
+def _ends(of: Choices | Range) -> tuple[Any, ...]:
+    return of.values if isinstance(of, Choices) else (of.low, of.high)
