@@ -58,6 +58,20 @@ class TestBadInput:
         assert says in self.refused(cli, run)
         assert (run / "report.html").read_text() == before
 
+    @pytest.mark.parametrize("place", ["99/kv-groups", "99/neurons", "-7/neurons", "99/layers"])
+    def test_layer_that_is_none(self, cli, run, place):
+        record = json.loads((run / "pruning.json").read_text())
+        record["edits"][0]["axes"][place] = {"units": 2, "kept": [0]}
+        (run / "pruning.json").write_text(json.dumps(record))
+        assert re.search("tells of layer 99|-7/neurons", self.refused(cli, run))
+
+    @pytest.mark.parametrize("total", [0, -1, 10**40])
+    def test_size_that_is_none(self, cli, run, total):
+        record = json.loads((run / "run.json").read_text())
+        record["after"]["total"] = total
+        (run / "run.json").write_text(json.dumps(record))
+        assert "sizes must be positive" in self.refused(cli, run)
+
     def test_lacks_config(self, run):
         (run / "config.json").unlink()
         with pytest.raises(LoadingError, match=r"config\.json"):
