@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,18 +37,15 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     Raises:
         WritingError: for whatever the disk refuses; what was there is unchanged.
     """
-    partial = None
+    partial = hidden_beside(file, "partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
-        with os.fdopen(handle, "wb") as stream:
+        with partial.open("xb") as stream:
             stream.write(content.encode("utf-8") if isinstance(content, str) else content)
-        Path(partial).chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
-        replace_file(Path(partial), file)
+        replace_file(partial, file)
     except BaseException as error:
-        if partial:
-            with contextlib.suppress(OSError):
-                Path(partial).unlink()
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise WritingError(
@@ -302,9 +298,3 @@ def beginning(file: Path, size: int = 2_000) -> str:
     """The first characters of a file, whatever it holds."""
     with file.open("rb") as stream:
         return stream.read(size).decode("utf-8", "ignore")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

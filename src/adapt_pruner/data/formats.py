@@ -40,6 +40,10 @@ class TemplateRefusal(Exception):
     """A chat template does not take these messages."""
 
 
+class EndlessTemplate(DataError):
+    """A chat template loops."""
+
+
 class ChatTemplate:
     """Renders messages with the tokenizer's own template or, where it has none, another.
 
@@ -70,19 +74,16 @@ class ChatTemplate:
         return Document(text, spans, add_special_tokens=not self.is_own and not has_bos)
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        try:
-            with at_most(TEMPLATE_SECONDS):
-                return self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.text, tokenize=False, **options
-                )
-        except Exception as error:  # a template may raise anything
-            raise TemplateRefusal(shortened(str(error), 300)) from error
+        with _running_a_template():
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, **options
+            )
 
     def _marked(self, messages: list[dict[str, Any]]) -> Spans:
         """Take the places that the template itself marks with `{% generation %}`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with at_most(TEMPLATE_SECONDS):
+        with _running_a_template():
             result: Any = render_jinja_template(
                 [messages],
                 chat_template=self.text,
@@ -113,6 +114,28 @@ TEMPLATE_SECONDS = 10.0
 
 
 @contextmanager
+def _running_a_template() -> Iterator[None]:
+    """Turn what a template raises, which may be anything, into a refusal of these messages. One
+    that has no end, or fills the memory, would do so with each of them.
+
+    Raises:
+        TemplateRefusal: with the template's message.
+        EndlessTemplate: if it takes too long, or too much memory.
+    """
+    try:
+        with at_most(TEMPLATE_SECONDS):
+            yield
+    except (TimeoutError, MemoryError) as error:
+        what = "fills the memory" if isinstance(error, MemoryError) else str(error)
+        raise EndlessTemplate(
+            f"The chat template {what} for one document. Take another template, or correct the "
+            "data."
+        ) from error
+    except Exception as error:
+        raise TemplateRefusal(shortened(str(error) or type(error).__name__, 300)) from error
+
+
+@contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block when it takes longer, where there are timers: in the main
     thread of a POSIX system, whose alarm nobody else uses."""
@@ -126,7 +149,7 @@ def at_most(seconds: float) -> Iterator[None]:
         return
 
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"it takes longer than {seconds:g} s for one document")
+        raise TimeoutError(f"takes longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -292,6 +315,8 @@ class RowLayout:
             )
         try:
             return list(form.documents(values, template))
+        except EndlessTemplate:
+            raise
         except ValueError as error:
             raise DataError(f"{row.place}: {error}. Correct it, or name other columns.") from error
 

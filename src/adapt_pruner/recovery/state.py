@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..claims import check_replaceable, claimed
-from ..durable import flush, remove, take_place
+from ..durable import flush, remove, take_place, tidy
 from ..errors import InvalidSettings, LoadingError, WritingError, shown
 from ..files import (
     atomic_directory,
@@ -261,6 +261,7 @@ class RunDirectory:
         """Remove results that a killed process was writing or moving."""
         for partial in [*self.directory.glob("..result.*"), self.directory / ".result"]:
             shutil.rmtree(partial, ignore_errors=True)
+        tidy(self.directory)
 
     def read_weights(self, checkpoint: Path, model: Any) -> None:
         """Fill `model` with the weights of a checkpoint, one tensor after the other."""

@@ -148,8 +148,8 @@ def _check_size(size: Size, layers: int) -> None:
     """Raise ValueError for sizes that no model has."""
     if not 0 <= size.decoder_layers <= size.total or not 0 < size.total <= MOST_PARAMETERS:
         raise ValueError(
-            f"sizes must be positive, at most {MOST_PARAMETERS:,}, and that of the decoder layers a "
-            "part of all"
+            f"sizes must be positive, at most {MOST_PARAMETERS:,}, and that of the decoder layers "
+            "a part of all"
         )
     if len(size.layers) not in (0, layers) or any(one < 0 for one in size.layers):
         raise ValueError("a size must have a count for each layer")
