@@ -123,7 +123,7 @@ def test_query_heads_leave_every_group_at_once():
 
 def test_the_loss_is_that_of_a_forward_pass():
     model = build("llama")
-    found = calibration_loss(model, TOKENS, 4)
+    found = calibration_loss(model, TOKENS, Pass(4))
     predicted_NV = logits_of(model, TOKENS)[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(predicted_NV, TOKENS[:, 1:].flatten())
     assert found == pytest.approx(expected.item(), rel=1e-6)

@@ -17,6 +17,7 @@ from .methods import PruningStep, Work, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.edits import Edit, edit_of
 from .model.history import History
+from .model.memory import own_weights
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
 from .settings import PruneSettings
 
@@ -118,6 +119,7 @@ def prune_to_sizes(
     listener = listener or Listener()
     model: Any = work.model
     _check_in_memory(model)
+    own_weights(model)
     anatomy, previous = work.anatomy(), previous_record(model)
     before, widths_before = Size.of(anatomy), anatomy.widths
     history, steps, began = History(anatomy), [], time.perf_counter()

@@ -15,6 +15,7 @@ from .methods import method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.axes import CUTS, Axis
 from .model.resources import PARAMETERS, Resource
+from .precision import compute_dtype_of
 from .result import Size
 from .score.collect import micro_batch_size
 from .score.observers import Fisher, Gram, Observer, matrices
@@ -79,12 +80,13 @@ def make_plan(
     if outline.trains_weights:
         memory[TRAINING] = 3 * memory["weights"]
     starts = [anatomy.amount, *outline.sizes[:-1]][: len(outline.sizes)]
-    flops = sum(
-        _step_flops(anatomy, settings, outline.observers, size / anatomy.amount) for size in starts
-    )
+    shares = [size / anatomy.amount for size in starts]
+    passes = sum(_pass_flops(anatomy, settings, outline.observers, share) for share in shares)
     # The dense model's forward pass, the head once more for its predictions, and both directions.
     head = _config(anatomy).vocab_size * anatomy.hidden_size
-    flops += 2.0 * outline.tuned_tokens * (3 * anatomy.layer_parameters + 3 * head)
+    passes += 2.0 * outline.tuned_tokens * (3 * anatomy.layer_parameters + 3 * head)
+    grams = sum(_gram_flops(anatomy, settings, outline.observers, share) for share in shares)
+    compute = compute_dtype_of(settings.compute_dtype, model, dtype, device) or dtype
     return Plan(
         before=before,
         resource=anatomy.resource,
@@ -92,7 +94,7 @@ def make_plan(
         target=target,
         amount_after_step=outline.sizes,
         memory_bytes=memory,
-        seconds=flops / _throughput(dtype, device),
+        seconds=passes / _throughput(compute, device) + grams / _throughput(dtype, device),
     )
 
 
@@ -139,7 +141,7 @@ def _memory(
     return memory
 
 
-def _step_flops(
+def _pass_flops(
     anatomy: Anatomy, settings: PruneSettings, observers: Sequence[Observer], share: float
 ) -> float:
     tokens = settings.windows * settings.window_length
@@ -149,10 +151,17 @@ def _step_flops(
     flops = 2.0 * tokens * through * passes
     if any(observer.needs_weight_gradients for observer in observers):
         flops += 2.0 * tokens * anatomy.layer_parameters * share
-    if any(isinstance(observer, Gram) for observer in observers):
-        widths = [width * share for width in _columns(_axes(anatomy, settings))]
-        flops += sum(1.25 * tokens * width**2 + width**3 for width in widths)
     return flops
+
+
+def _gram_flops(
+    anatomy: Anatomy, settings: PruneSettings, observers: Sequence[Observer], share: float
+) -> float:
+    if not any(isinstance(observer, Gram) for observer in observers):
+        return 0.0
+    tokens = settings.windows * settings.window_length
+    widths = [width * share for width in _columns(_axes(anatomy, settings))]
+    return sum(1.25 * tokens * width**2 + width**3 for width in widths)
 
 
 def _config(anatomy: Anatomy) -> Any:
@@ -180,6 +189,7 @@ def _throughput(dtype: torch.dtype, device: str) -> float:
         product = matrix @ matrix
         product[0, 0].item()
         best = min(best, time.perf_counter() - began)
-    # Attention, norms and small matrices run at a fraction of it: on a CPU 0.75, by two cuts of a
-    # model of 135M parameters; on a GPU a guess.
-    return (0.5 if device.startswith("cuda") else 0.75) * 2 * size**3 / best
+    # Attention, norms and small matrices run at a fraction of it: on a CPU 0.75, and of the faster
+    # bfloat16 0.55, by cuts of a model of 135M parameters; on a GPU a guess.
+    of_cpu = 0.55 if dtype is torch.bfloat16 else 0.75
+    return (0.5 if device.startswith("cuda") else of_cpu) * 2 * size**3 / best

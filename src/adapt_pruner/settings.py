@@ -125,6 +125,14 @@ class PruneSettings(BaseModel):
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         Field(description="Precision to load in; auto: float32 on CPU, else as stored."),
     ] = "auto"
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="Precision of matrix products in passes over the calibration text, where "
+            "weights are in float32; auto: bfloat16 where the hardware has it and the model has "
+            "100M parameters.",
+        ),
+    ] = "auto"
     device: Annotated[
         Name, Field(description="Device, such as cpu, cuda:0; auto takes a GPU if there is one.")
     ] = "auto"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.anatomy import Anatomy
-from ..precision import in_float64
+from ..precision import computing_in, in_float64
 from ..processes import copy_from_first, decided_by_first
 from ..score.collect import micro_batch_size, prepared
 from ..score.head import Outcome, hidden_states, plain_head, through_head
@@ -38,6 +38,8 @@ class Tuning:
     learning_rate: float = 0.01
     """Of Adam, at its highest: it rises over four steps and falls to 0 in a straight line."""
     betas: tuple[float, float] = (0.9, 0.99)
+    compute_dtype: torch.dtype | None = None
+    """Of matrix products; None: that of the weights."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Tuned:
 
 
 @torch.no_grad()
-def dense_states(model: nn.Module, windows_BT: Tensor) -> Tensor:
+def dense_states(
+    model: nn.Module, windows_BT: Tensor, compute_dtype: torch.dtype | None = None
+) -> Tensor:
     """(B, T, D), what the head of the dense model reads: to be taken before anything is cut. The
     head itself stays, so these are its predictions in D numbers a token instead of V."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
     size = micro_batch_size(None, windows_BT.shape[1], device.type, [])
-    return torch.cat([hidden_states(model, w.to(device)).cpu() for w in windows_BT.split(size)])
+    with computing_in(compute_dtype, device):
+        return torch.cat([hidden_states(model, w.to(device)).cpu() for w in windows_BT.split(size)])
 
 
 def tune_scales(
@@ -92,10 +97,10 @@ def tune_scales(
     to_judge = [windows_BT[number:], dense_BTD[number:]]
     with prepared(model, anatomy, [], [], False), _scaled(linears) as scales:
         with torch.no_grad():
-            before = _passes(model, head, *to_judge)
+            before = _passes(model, head, *to_judge, how)
         steps = _train(model, head, scales, to_train, how, on_progress)
         with torch.no_grad():
-            after = _passes(model, head, *to_judge)
+            after = _passes(model, head, *to_judge, how)
         tuned = decided_by_first(Tuned(steps, before, after), group)
         if not tuned.is_kept:
             for scale in scales:
@@ -114,7 +119,7 @@ def _train(model, head, scales, lessons, how: Tuning, on_progress) -> list[float
     found, done = [], 0
     for batch in batches:
         with torch.enable_grad():
-            found.append(_passes(model, head, *batch))
+            found.append(_passes(model, head, *batch, how))
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
@@ -123,15 +128,16 @@ def _train(model, head, scales, lessons, how: Tuning, on_progress) -> list[float
     return found
 
 
-def _passes(model, head: nn.Module, windows_BT: Tensor, dense_BTD: Tensor) -> float:
+def _passes(model, head: nn.Module, windows_BT: Tensor, dense_BTD: Tensor, how: Tuning) -> float:
     """Mean divergence per token, in micro-batches; where gradients are on, also its gradients."""
     device = model.get_input_embeddings().weight.device
     # Scales keep more than twice of what a scoring pass keeps for its way back.
     size, found = micro_batch_size(None, 2 * windows_BT.shape[1], device.type, []), 0.0
     for tokens_BT, dense in zip(windows_BT.split(size), dense_BTD.split(size), strict=True):
-        hidden_BTD = hidden_states(model, tokens_BT.to(device))
-        part = divergence(head, dense, windows_BT.numel())
-        loss, gradient_BTD = through_head(head, hidden_BTD, part)
+        with computing_in(how.compute_dtype, device):
+            hidden_BTD = hidden_states(model, tokens_BT.to(device))
+            part = divergence(head, dense, windows_BT.numel())
+            loss, gradient_BTD = through_head(head, hidden_BTD, part)
         if torch.is_grad_enabled():
             hidden_BTD.backward(gradient_BTD)
         found += loss.item()

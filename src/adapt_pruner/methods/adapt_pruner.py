@@ -171,7 +171,8 @@ def adapt_pruner(work: Work) -> Iterator[PruningStep]:
                     observer.carry(known, settings.carry)
                 anatomy = work.apply(Cut(keep))
             if done and lesson is not None:
-                tune_scales(work.model, anatomy, *lesson, group=work.group)
+                tuning = Tuning(compute_dtype=work.compute_dtype)
+                tune_scales(work.model, anatomy, *lesson, tuning, work.group)
             seconds = {"collect": collected - began, "cut": time.perf_counter() - collected}
             made = _account(step, anatomy, statistics, limits, seconds)
             del statistics  # its matrices would live on through the next pass
@@ -230,7 +231,7 @@ def _lesson(work: Work, steps: int, limits: Limits) -> tuple[Tensor, Tensor] | N
     with prepared(work.model, find_anatomy(work.model), [], [], False):
         if HIDDEN in limits.kinds or plain_head(work.model) is None:
             return None  # what the head makes of stored states is not what the model predicts
-        return windows_BT, dense_states(work.model, windows_BT)
+        return windows_BT, dense_states(work.model, windows_BT, work.compute_dtype)
 
 
 def _observers(settings: AdaptPrunerSettings) -> list[Observer]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..allocate.chains import Limits
@@ -14,7 +15,9 @@ from ..errors import InvalidSettings, InvalidTarget
 from ..model.anatomy import Anatomy, find_anatomy
 from ..model.axes import CUTS, KV_GROUPS, NEURONS
 from ..model.edits import Edit
+from ..model.memory import give_back
 from ..model.resources import PARAMETERS, Resource
+from ..precision import compute_dtype_of
 from ..processes import Decision, copy_from_first, decided_by_first
 from ..score.collect import Pass
 from ..score.observers import Observer
@@ -43,10 +46,12 @@ class Work:
     group: Any = None
     """Processes that prune the same model and share the calibration windows; None: this one."""
 
+    def __post_init__(self) -> None:
+        self.compute_dtype = compute_dtype_of(self.settings.compute_dtype, self.model)
+
     @property
     def how(self) -> Pass:
-        settings = self.settings
-        return Pass(settings.micro_batch_size, settings.gradient_checkpointing, self.group)
+        return pass_of(self.settings, self.compute_dtype, self.group)
 
     def anatomy(self) -> Anatomy:
         """That of the model as it is."""
@@ -66,7 +71,13 @@ class Work:
         self.on_edit(edit, self.anatomy())
         edit.apply(self.model)
         copy_from_first(self.model.parameters(), self.group)
+        give_back()
         return self.anatomy()
+
+
+def pass_of(settings: PruneSettings, compute_dtype: torch.dtype | None, group: Any = None) -> Pass:
+    """How the settings of a method say that passes are run."""
+    return Pass(settings.micro_batch_size, settings.gradient_checkpointing, compute_dtype, group)
 
 
 @dataclass

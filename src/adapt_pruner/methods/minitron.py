@@ -27,7 +27,8 @@ from ..limits import Rounds, Windows
 from ..model.anatomy import Anatomy
 from ..model.axes import HIDDEN, LAYERS, Axis, AxisKey
 from ..model.edits import Cut, Keep
-from ..score.collect import collect
+from ..precision import computing_in
+from ..score.collect import Pass, collect
 from ..score.distance import LayerDistance, normalise
 from ..score.observers import Observer, projections, watch
 from ..settings import with_defaults
@@ -106,12 +107,13 @@ def _norms(anatomy: Anatomy) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def calibration_loss(model: Any, windows_BT: Tensor, micro_batch_size: int | None) -> float:
+def calibration_loss(model: Any, windows_BT: Tensor, how: Pass) -> float:
     """Mean loss of the windows, in nats per predicted token. Raises NonFiniteError."""
     device, total = model.get_input_embeddings().weight.device, 0.0
     model.eval()
-    for batch_BT in windows_BT.split(micro_batch_size or 1):
-        logits_BTV = model(input_ids=batch_BT.to(device), use_cache=False).logits
+    for batch_BT in windows_BT.split(how.micro_batch_size or 1):
+        with computing_in(how.compute_dtype, device):
+            logits_BTV = model(input_ids=batch_BT.to(device), use_cache=False).logits
         for logits_TV, tokens_T in zip(logits_BTV, batch_BT, strict=True):
             targets_T = tokens_T[1:].to(logits_TV.device)
             total += F.cross_entropy(logits_TV[:-1].float(), targets_T).item()
@@ -178,7 +180,7 @@ def _loss_after(work: Work, keep: Keep, windows_BT: Tensor) -> float:
     """Calibration loss of a copy of the model that is cut."""
     model = deepcopy(work.model)
     Cut(keep).apply(model)
-    return calibration_loss(model, windows_BT, work.how.micro_batch_size)
+    return calibration_loss(model, windows_BT, work.how)
 
 
 def _spread(shapes: list[Shape], count: int) -> list[Shape]:

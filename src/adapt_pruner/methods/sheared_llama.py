@@ -26,6 +26,7 @@ from ..limits import LearningRate, LearningRateOrZero, PartBelowOne, Steps
 from ..model.anatomy import Anatomy
 from ..model.axes import HIDDEN, KV_GROUPS, LAYERS, NEURONS, QUERY_HEADS
 from ..model.edits import Cut
+from ..precision import computing_in
 from ..processes import add_up, copy_from_first, share_of
 from ..score.collect import micro_batch_size, prepared
 from ..settings import with_defaults
@@ -149,7 +150,8 @@ def _gradients(work: Work, masks: Masks, windows_BT: Tensor) -> float:
     total = torch.zeros(1, device=device)
     with torch.enable_grad():
         for tokens_BT in own_BT.to(device).split(size):
-            logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
+            with computing_in(work.compute_dtype, device):
+                logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
             targets_N = tokens_BT[:, 1:].flatten()
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_N, reduction="sum")
             (loss / num_labels).backward()

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import NonFiniteError
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis
-from ..precision import zero_in_float64
+from ..model.memory import give_back
+from ..precision import computing_in, zero_in_float64
 from ..processes import add_up, share_of
 from .head import cross_entropy, hidden_states, plain_head, through_head, value_through_head
 from .observers import Observer, matrices
@@ -47,6 +48,8 @@ class Pass:
     short; the size found is kept for later passes."""
     gradient_checkpointing: bool = False
     """Keep only the residual stream between layers for the backward pass and recompute the rest."""
+    compute_dtype: torch.dtype | None = None
+    """Of matrix products; None: that of the weights."""
     group: Any = None
     """Processes that share the windows (torch.distributed.ProcessGroup); None: this one alone."""
 
@@ -106,7 +109,7 @@ def collect(
             try:
                 statistics = _run(
                     model, anatomy, windows_BT, observers,
-                    size=size, group=how.group, on_progress=on_progress,
+                    size=size, how=how, on_progress=on_progress,
                 )  # fmt: skip
                 break
             except RuntimeError as error:
@@ -128,24 +131,26 @@ def micro_batch_size(
     return asked or max(1, MICRO_BATCH_TOKENS.get(device_type, ELSEWHERE) // window_length)
 
 
-def _run(model, anatomy, windows_BT, observers, *, size, group, on_progress) -> Statistics:
+def _run(model, anatomy, windows_BT, observers, *, size, how: Pass, on_progress) -> Statistics:
     backward = any(observer.needs_backward for observer in observers)
     wants_loss = any(observer.needs_loss for observer in observers)
     device = model.get_input_embeddings().weight.device
     loss = zero_in_float64(device)
-    group = group if share_of(group)[1] <= len(windows_BT) else None
+    group = how.group if share_of(how.group)[1] <= len(windows_BT) else None
     rank, processes = share_of(group)
     own_BT = windows_BT[rank::processes]
     head = plain_head(model)
     with _attached(anatomy, observers, backward), torch.set_grad_enabled(backward):
         for start in range(0, len(own_BT), size):
             batch_BT = own_BT[start : start + size].to(device)
-            found = _run_micro_batch(model, head, batch_BT, backward, wants_loss)
+            with computing_in(how.compute_dtype, device):
+                found = _run_micro_batch(model, head, batch_BT, backward, wants_loss)
             loss += found.to(loss.device)
             on_progress(min((start + len(batch_BT)) * processes, len(windows_BT)))
     if group is not None:
         add_up([loss, *(total for observer in observers for total in observer.sums())], group)
     num_windows, window_length = windows_BT.shape
+    give_back()
     for observer in observers:
         observer.finish(num_windows)
     num_tokens = num_windows * window_length

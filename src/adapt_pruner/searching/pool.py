@@ -129,12 +129,13 @@ def score_pool(
     anatomy: Anatomy,
     axes: Sequence[Axis],
     windows_PT: Tensor,
+    how: Pass,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Pool:
     """One forward and backward pass per sample. Raises NonFiniteError as `collect`."""
     by_window = ByWindow()
     with collect(
-        model, anatomy, windows_PT, [by_window], axes=axes,
+        model, anatomy, windows_PT, [by_window], axes=axes, how=how,
         on_progress=lambda done: on_progress(done / len(windows_PT)),
     ):  # fmt: skip
         sums = {key: torch.stack(found) for key, found in by_window.sums_of.items()}

@@ -14,6 +14,8 @@ from ..data.fingerprints import short_hash
 from ..methods import method_named
 from ..methods.ada_pruner import AdaPrunerSettings, check_enough, sample_pool
 from ..model.anatomy import Anatomy
+from ..precision import compute_dtype_of
+from ..score.collect import Pass
 from ..settings import PruneSettings
 from .place import Place
 from .pool import Pool, by_source, grouped, score_pool
@@ -42,6 +44,7 @@ class Samples:
     ):
         self.model, self.anatomy, self.settings, self.search = model, anatomy, settings, search
         self.name, self.place, self.on_pool = name, place, on_pool
+        self.compute_dtype = compute_dtype_of(settings.compute_dtype, model)
         self._pools: dict[int, Pool] = {}
         self._groups: dict[int, Tensor] = {}
         self.documents = sourced_documents(
@@ -101,7 +104,8 @@ class Samples:
         return found[: settings.pool]
 
     def _key(self, windows_PT: Tensor) -> str:
-        return short_hash([self.name, self.settings.dtype, windows_PT.tolist()])
+        precision = [self.settings.dtype, str(self.compute_dtype)]
+        return short_hash([self.name, *precision, windows_PT.tolist()])
 
     def _stored(self, length: int, windows_PT: Tensor) -> Pool | None:
         stored = self.place and self.place.stored_pool(length, self._key(windows_PT))
@@ -109,7 +113,8 @@ class Samples:
 
     def _scored(self, windows_PT: Tensor) -> Pool:
         axes = self.anatomy.of_kinds(method_named(self.settings.method).cuts)
-        pool = score_pool(self.model, self.anatomy, axes, windows_PT, self.on_pool)
+        how = Pass(compute_dtype=self.compute_dtype)
+        pool = score_pool(self.model, self.anatomy, axes, windows_PT, how, self.on_pool)
         if self.place:
             self.place.store_pool(windows_PT.shape[1], self._key(windows_PT), pool.tensors())
         return pool

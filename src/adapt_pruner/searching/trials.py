@@ -21,7 +21,7 @@ from ..methods.ada_pruner import (
     combine,
     keep_masks,
 )
-from ..methods.base import Limits, limits_of
+from ..methods.base import Limits, limits_of, pass_of
 from ..model.anatomy import Anatomy
 from ..model.axes import Axis, AxisKey
 from ..model.edits import Cut
@@ -83,8 +83,10 @@ class Bench:
         samples = list(chosen_samples(settings, len(pool)))
         terms: dict[str, Any] = dict(pool.terms(samples))
         if settings.alpha_fine * settings.factor_first:
-            how = Pass(settings.micro_batch_size, settings.gradient_checkpointing)
-            windows_BT = pool.windows_PT[samples]
+            windows_BT, how = (
+                pool.windows_PT[samples],
+                pass_of(settings, self.samples.compute_dtype),
+            )
             terms["first"] = first_order(self.model, self.anatomy, axes, windows_BT, how)
         else:
             terms["first"] = terms["coarse"]  # which counts for nothing
@@ -92,6 +94,9 @@ class Bench:
         terms = {name: {k: v for k, v in of.items() if k in here} for name, of in terms.items()}
         scores = combine(terms, settings)
         return keep_masks(self.anatomy, scores, target, limits, settings)
+
+    def _how(self, settings: PruneSettings) -> Pass:
+        return pass_of(settings, self.samples.compute_dtype)
 
     def _limits(self, settings: PruneSettings) -> tuple[Limits, list[Axis]]:
         limits = limits_of(settings, self.anatomy, method_named(settings.method).cuts)
