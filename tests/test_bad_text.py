@@ -79,6 +79,12 @@ class TestSilence:
         assert "limit: " in done.err
         assert says in done.err
 
+    def test_more_tokens_than_a_model_reads(self, cli, workplace):
+        for command in (("run", "llama", "a", "--tokens"), ("bench", "llama", "--new-tokens")):
+            done = cli(*command, 9_999_999)
+            assert done.status == 1
+            assert "the model reads at most 64 tokens" in done.err.lower()
+
     def test_answers_of_plain_text(self, cli, workplace):
         done = cli(
             "accel", "llama", "-o", "out", "--data", "text.txt", "--tokens", 512, "--alpha", 0,

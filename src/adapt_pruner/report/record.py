@@ -304,8 +304,9 @@ def _training_log(file: Path) -> list[TrainingStep]:
             if number == len(lines):  # a training that was stopped may leave half a line
                 break
             raise LoadingError(
-                f"Line {number} of '{file}' is no training step: {shown(line)}"
-            ) from (error)
+                f"Line {number} of '{file}' is no training step: {shown(line)}. Restore the file, "
+                "or remove it."
+            ) from error
     return [step for step in steps if isfinite(step.loss)]
 
 
