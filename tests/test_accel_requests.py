@@ -122,6 +122,7 @@ def test_full_disk_before_the_first_checkpoint(request_, tmp_path, monkeypatch):
         ({"sparsity": None, "params": 10**9}, "above the model's"),
         ({"sparsity": 0.999}, "below what is possible"),
         ({"tokens": 100}, "need at least one each"),
+        ({"recovery": make_recovery_settings(alpha=1, teacher_tokens=1)}, "teacher_tokens: a step"),
         ({"max_loss": 1.0}, "needs a text"),
         ({"teacher": "x"}, "would not be used with alpha 0"),
         ({"data": "no-such-file.txt"}, "no-such-file.txt"),

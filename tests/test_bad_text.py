@@ -18,7 +18,7 @@ from adapt_pruner import (
     prune,
     replay,
 )
-from adapt_pruner.data import formats
+from adapt_pruner.data import templates
 from adapt_pruner.errors import (
     AdaptPrunerError,
     CalibrationError,
@@ -147,7 +147,7 @@ class TestPlaces:
 
     @pytest.mark.parametrize("template", [LOOP, LOOP + "{% generation %}{% endgeneration %}", BOMB])
     def test_template_without_an_end(self, cli, workplace, monkeypatch, template):
-        monkeypatch.setattr(formats, "TEMPLATE_SECONDS", 0.2)
+        monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.2)
         (workplace / "loop.jinja").write_text(template)
         said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         (workplace / "chat.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 1_000)

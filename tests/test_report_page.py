@@ -118,6 +118,15 @@ class TestCharts:
         assert 2 * radius < 340 / 100
         assert drawn.count('class="gone"') == 1600
 
+    def test_equal_ratios_are_equal_distances(self):
+        assert charts.log_ticks(21.7, 48.0) == [20, 30, 50]
+        assert charts.log_ticks(10, 10) == [10]
+        assert charts.log_ticks(20, 1e6) == [10, 100, 1e3, 1e4, 1e5, 1e6]
+        points = [charts.Point(float(i), y, str(i)) for i, y in enumerate((10.0, 100.0, 1000.0))]
+        drawn = str(charts.scatter("id", "t", "x", points, "said", is_log=True))
+        low, middle, high = (float(y) for y in re.findall(r' cy="([\d.]+)"', drawn))
+        assert low - middle == pytest.approx(middle - high)
+
     def test_one_point_of_each(self):
         assert "A curve of 1 points" in str(charts.line("i", "t", "x", [(5.0, 2.0)]))
         assert "nan" not in str(charts.heat_map("i", "t", [[0.0, 0.0]])).lower()

@@ -7,19 +7,17 @@ that makes documents of their values.
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, near_match, shortened, shown
+from ..errors import DataError, near_match, shown
 from ..files import MAX_TEXT_BYTES, read_bytes
 from .reading import Record, pieces_of
+from .templates import EndlessTemplate, running_a_template
 
 Spans = tuple[tuple[int, int], ...]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -34,14 +32,6 @@ class Document:
     """Half-open ranges of characters that have loss; None: all of it."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own, such as BOS, or the text already holds them."""
-
-
-class TemplateRefusal(Exception):
-    """A chat template does not take these messages."""
-
-
-class EndlessTemplate(DataError):
-    """A chat template loops."""
 
 
 class ChatTemplate:
@@ -74,7 +64,7 @@ class ChatTemplate:
         return Document(text, spans, add_special_tokens=not self.is_own and not has_bos)
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        with _running_a_template():
+        with running_a_template():
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self.text, tokenize=False, **options
             )
@@ -83,7 +73,7 @@ class ChatTemplate:
         """Take the places that the template itself marks with `{% generation %}`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _running_a_template():
+        with running_a_template():
             result: Any = render_jinja_template(
                 [messages],
                 chat_template=self.text,
@@ -107,57 +97,6 @@ class ChatTemplate:
             if end > start:
                 spans.append((start, end))
         return tuple(spans)
-
-
-TEMPLATE_SECONDS = 10.0
-"""A template is a program, and may loop; a real one takes a millisecond."""
-
-
-@contextmanager
-def _running_a_template() -> Iterator[None]:
-    """Turn what a template raises, which may be anything, into a refusal of these messages. One
-    that has no end, or fills the memory, would do so with each of them.
-
-    Raises:
-        TemplateRefusal: with the template's message.
-        EndlessTemplate: if it takes too long, or too much memory.
-    """
-    try:
-        with at_most(TEMPLATE_SECONDS):
-            yield
-    except (TimeoutError, MemoryError) as error:
-        what = "fills the memory" if isinstance(error, MemoryError) else str(error)
-        raise EndlessTemplate(
-            f"The chat template {what} for one document. Take another template, or correct the "
-            "data."
-        ) from error
-    except Exception as error:
-        raise TemplateRefusal(shortened(str(error) or type(error).__name__, 300)) from error
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block when it takes longer, where there are timers: in the main
-    thread of a POSIX system, whose alarm nobody else uses."""
-    is_possible = (
-        hasattr(signal, "setitimer")
-        and threading.current_thread() is threading.main_thread()
-        and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    )
-    if not is_possible:
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"takes longer than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _common(a: str, b: str) -> int:
