@@ -137,7 +137,7 @@ def show(cells: list[dict]) -> None:
 
 def draw(file: Path, cells: list[dict]) -> None:
     """A line per model: perplexity over the size of its files."""
-    from adapt_pruner.comparison.picture import COLOURS, MARKERS
+    from adapt_pruner.comparison.picture import style_of
     from adapt_pruner.report.pictures import make_figure
 
     figure, axes = make_figure(7.5, 4.2, 1)
@@ -150,7 +150,7 @@ def draw(file: Path, cells: list[dict]) -> None:
             if cell["model"] == name and cell["bytes"]
         )
         sizes, values = [size for size, _, _ in points], [value for _, value, _ in points]
-        axis.plot(sizes, values, marker=MARKERS[number], color=COLOURS[number], label=name)
+        axis.plot(sizes, values, label=name, **style_of(number))
         for size, value, kind in points:
             axis.annotate(
                 kind, (size, value), textcoords="offset points", xytext=(4, 5), fontsize=7

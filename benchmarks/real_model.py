@@ -223,7 +223,7 @@ def main(argv: list[str]) -> None:
 def draw(file: Path, cells: list[dict[str, Any]]) -> None:
     """Perplexity on the first text over the sparsity, a line per method. Cells of more than
     `MOST` times the dense model's are left out: they would press all others into one line."""
-    from adapt_pruner.comparison.picture import COLOURS, MARKERS
+    from adapt_pruner.comparison.picture import style_of
     from adapt_pruner.report.pictures import make_figure, save_figure, use_log_scale
 
     figure, (axis,) = make_figure(7.5, 4.2, 1)
@@ -237,8 +237,8 @@ def draw(file: Path, cells: list[dict[str, Any]]) -> None:
         axis.plot(
             [100 * cell["sparsity"] for cell in [dense, *own]],
             [cell["perplexity"][name] for cell in [dense, *own]],
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)],
             markersize=5, linewidth=2.2 if method == "best" else 1.2, label=method,
+            **style_of(number),
         )  # fmt: skip
     axis.axhline(dense["perplexity"][name], color="#222", linewidth=1, linestyle=":", label="dense")
     use_log_scale(axis)

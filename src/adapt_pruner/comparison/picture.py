@@ -16,6 +16,17 @@ MARKERS = "osD^vPX<"
 MOST_PANELS = 3
 
 
+def style_of(number: int) -> dict[str, Any]:
+    """How the line of that number looks; colours come again from the ninth on, with another marker
+    and dashes."""
+    turn, place = divmod(number, len(COLOURS))
+    return {
+        "color": COLOURS[place],
+        "marker": MARKERS[(place + 3 * turn) % len(MARKERS)],
+        "linestyle": "--" if turn % 2 else "-",
+    }
+
+
 def draw(directory: Path, tables: Tables) -> list[Path]:
     """Write SVG and PNG files. Returns the SVG files."""
     metrics = _headline(tables)
@@ -114,8 +125,8 @@ def _line(tables: Tables, variant: Variant, metric: Metric) -> list[tuple[float,
 def _errorbar(axis: Any, line: list[tuple[float, float, float]], number: int, label: str) -> None:
     x, y, spread = zip(*line, strict=True)
     axis.errorbar(
-        x, y, yerr=spread, label=label, color=COLOURS[number % len(COLOURS)], linewidth=1.4,
-        marker=MARKERS[number % len(MARKERS)], markersize=4.5, capsize=2, elinewidth=0.8, zorder=3,
+        x, y, yerr=spread, label=label, linewidth=1.4, markersize=4.5, capsize=2, elinewidth=0.8,
+        zorder=3, **style_of(number),
     )  # fmt: skip
 
 
