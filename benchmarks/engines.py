@@ -1,13 +1,17 @@
 """How fast are pruned models in real engines, beside what their size promises?
 
     python benchmarks/engines.py DENSE PRUNED... --json FILE [--types F32,Q8_0] [--rounds 5]
-        [--prompt 128] [--new 32]
+        [--prompt 128] [--new 32] [--vllm ENVIRONMENT/bin/python]
 
 A MODEL is NAME=DIRECTORY, or a directory; the dense one comes first. Each is read by torch (as
 stored) and by llama.cpp (a GGUF file of each type), on one thread, all in turns: one round of all
 after the other, the first to warm up. A round reads a prompt and writes greedily from its cache.
 Times are those that the processor spent on this process, so that others at work on the machine
 count little. A speed-up is the median over the rounds of the dense model's time over the other's.
+
+With --vllm, the models are also read by vLLM in an environment that has it and this package: each
+in a process of its own (`vllm_times.py`), through transformers' classes, in float32. Its memory is
+not measured, because it takes a fixed part of the machine's for its cache.
 
 Ideal is the ratio of operations for reading a prompt, and of bytes of weights read for writing.
 Memory is the most that a process of its own has in use while it does all of it, beyond what it has
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -39,7 +44,7 @@ from adapt_pruner.files import write_json_atomically
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-TORCH = "torch"
+TORCH, VLLM = "torch", "vLLM"
 Times = tuple[float, float]
 """Seconds of reading the prompt, and of writing."""
 
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="time vLLM, too, by its Python")
     parser.add_argument("--peak", metavar="ENGINE", help="print the memory of one model in one")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -72,8 +78,10 @@ def main() -> None:
                 name: str(export_gguf(directory, Path(place) / f"{name}-{kind}.gguf", kind).file)
                 for name, directory in models.items()
             }
-            for kind in arguments.types.split(",")
+            for kind in filter(None, arguments.types.split(","))
         }
+        if arguments.vllm:
+            engines[VLLM] = models
         for name, directory in models.items():
             if name not in found["models"]:
                 found["models"][name] = _facts(directory, arguments, engines, name)
@@ -101,6 +109,9 @@ def _facts(
     }
     del model
     for engine, files in engines.items():
+        if engine == VLLM:
+            facts["read_bytes"][engine] = facts["read_bytes"][TORCH]
+            continue
         if engine != TORCH:
             facts["read_bytes"][engine] = _tensor_bytes(Path(files[name]))
         sizes = ["--prompt", str(arguments.prompt), "--new", str(arguments.new)]
@@ -136,6 +147,8 @@ def _resident() -> int:
 
 def open_engine(engine: str, file: str, arguments: argparse.Namespace) -> Callable[[], Times]:
     """Load a model; each call of what is returned reads a prompt and writes, once."""
+    if engine == VLLM:
+        return _open_vllm(file, arguments)
     if engine == TORCH:
         model: Any = load_model(file, "stored", "cpu", prunable=False)
         ids = random_prompt(model, arguments.prompt)
@@ -164,6 +177,29 @@ def open_engine(engine: str, file: str, arguments: argparse.Namespace) -> Callab
         return middle - start, time.process_time() - middle
 
     return in_llama_cpp
+
+
+def _open_vllm(directory: str, arguments: argparse.Namespace) -> Callable[[], Times]:
+    """A process that ends with this one, because its input does."""
+    command = [str(arguments.vllm), str(Path(__file__).with_name("vllm_times.py")), directory]
+    worker = subprocess.Popen(
+        [*command, str(arguments.prompt), str(arguments.new)], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+
+    def answer() -> Any:
+        if not (line := worker.stdout.readline()):  # type: ignore[union-attr]
+            sys.exit(f"vLLM ended with status {worker.wait()}: {' '.join(command)}")
+        return json.loads(line)
+
+    def in_vllm() -> Times:
+        print(file=worker.stdin, flush=True)
+        reading, writing = answer()
+        return reading, writing
+
+    assert answer() == "ready"
+    return in_vllm
 
 
 def _run_rounds(
@@ -199,8 +235,9 @@ def show(found: dict[str, Any]) -> None:
                 speed = tokens / statistics.median(times[name][i] for times in rounds)
                 gain = statistics.median(times[dense][i] / times[name][i] for times in rounds)
                 cells.append(f"{speed:13.1f} {gain:5.2f} {ideal[i]:5.2f}")
-            peak = facts["peak_bytes"][engine] / 1e6
-            print(f"{engine:<7}{name:<12}{'  '.join(cells)} {peak:9.0f}")
+            peak = facts["peak_bytes"].get(engine)
+            memory = f"{peak / 1e6:9.0f}" if peak else ""
+            print(f"{engine:<7}{name:<12}{'  '.join(cells)} {memory}".rstrip())
 
 
 if __name__ == "__main__":

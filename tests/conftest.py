@@ -32,6 +32,7 @@ from checkpoints import readings as readings
 from command_line import prune as prune
 from evaluations import data as data
 from evaluations import own_results as own_results
+from latency_tables import times as times
 from packings import jsonl as jsonl
 from packings import pack as pack
 from picomodels import VOCAB_SIZE, build, random_tokens

@@ -22,7 +22,7 @@ LAYERS = [
     {"settings"},
     {"methods", "evaluation"},
     {"result"},
-    {"api", "goal", "plan", "inspection", "export"},
+    {"api", "goal", "plan", "inspection", "export", "latency"},
     {"report"},
     {"checkpoint"},
     {"run"},

@@ -7,6 +7,7 @@ import re
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -96,6 +97,26 @@ class TestFacts:
         groups = sum(widths["num_key_value_heads"] for widths in run.record.widths_after)
         (row,) = [row for row in facts_of(run).rows if row.name == "KV cache per token"]
         assert row.after == f"{2 * groups * run.config['head_dim'] * 4} B"
+
+    @pytest.mark.parametrize(
+        ("cuts", "says"),
+        [
+            ([100] * 5, "All 5 layers gave up the same."),
+            ([101, 100, 99, 100, 98], "All 5 layers gave up about the same, 20% of all that was"),
+            (
+                [340, *[300] * 31, 260],
+                "Layer 0 gave up the most, 3.4% of .*; layer 32 the least, 2.6%",
+            ),
+            ([60, 30, 10], "Layer 0 gave up the most, 60% of .*; layer 2 the least, 10%"),
+            ([7], ""),
+            ([0, 0], ""),
+        ],
+    )
+    def test_says_which_layer_gave_up_the_most_where_one_did(self, cuts, says):
+        from adapt_pruner.report.facts import _extremes
+
+        run = SimpleNamespace(record=SimpleNamespace(parameters_cut=cuts))
+        assert re.match(says or "$", _extremes(run))
 
     def test_card_has_the_same_facts_and_metrics(self, pruned):
         card = (pruned / "README.md").read_text()

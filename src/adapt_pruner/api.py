@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,13 +13,16 @@ from .data import CalibrationData, load_calibration
 from .errors import InvalidSettings, LoadingError, UnsupportedModel, shown
 from .files import read_json
 from .goal import GOAL_OPTIONS, Goal
-from .methods import PruningStep, Work, make_settings, method_named
+from .methods import PruningStep, Work, build_settings, make_settings, method_named
 from .model.anatomy import Anatomy, find_anatomy
 from .model.edits import Edit, edit_of
 from .model.history import History
 from .model.memory import own_weights
 from .result import PRUNING_FILE, PruningResult, Size, StepRecord
-from .settings import PruneSettings
+from .settings import AUTO, PruneSettings
+
+if TYPE_CHECKING:
+    from .latency import LatencyTable
 
 
 class Listener:
@@ -54,15 +57,15 @@ def prune(
         tokenizer: needed unless `calibration` is a `CalibrationData`, and for `bytes`.
         sparsity: share of the decoder layers' parameters to remove, in [0, 1); or
         params: parameters that the whole model may have; or another target of `Goal` in `options`:
-            `bytes` with `quantize`, or `kv_bytes`. All are met at or below, by less than one unit
-            (one multiple, uniform step or block of a quantised file, where those are asked for).
+            `bytes` with `quantize`, `kv_bytes`, `speedup`, or `latency` in seconds. All are met at
+            or below, by less than one unit (multiple, uniform step, block of a quantised file).
         calibration: text to score on, see `load_calibration`; default: the settings' own.
         settings: all settings at once; or a `preset` and single settings in `options`, `method`
-            among them.
+            among them; multiple="auto" chooses by the same times.
         listener: hears of progress.
         group: processes of torch.distributed that each hold the whole model and all make this call:
-            they share the calibration windows, the first one decides, and all end with the same
-            weights. Default: this process alone, whatever else is initialised.
+            they share the calibration windows, the first one decides, all end with the same
+            weights, and times come from a file. Default: this process alone.
 
     Raises:
         AdaptPrunerError: one of its kinds, before anything is changed, except for non-finite
@@ -72,16 +75,35 @@ def prune(
         result = prune(model, tokenizer, sparsity=0.2, calibration="text.jsonl")
         result.save("smaller")
     """
-    aims = {name: options.pop(name) for name in GOAL_OPTIONS & options.keys()}
+    goal = Goal(sparsity=sparsity, params=params, **_pop_aims(options))
     if settings is not None and options:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(options)}.")
-    settings = settings or make_settings(preset, **options)
+    is_auto = options.get("multiple") == AUTO
+    settings = settings or make_settings(preset, **_with_a_number(options))
     _check_in_memory(model)
-    goal = Goal(sparsity=sparsity, params=params, **aims)
-    anatomy = find_anatomy(model, goal.resource(tokenizer))
-    work = _work(anatomy, goal, tokenizer, calibration, settings)
-    work.group = group
+    here = settings if group is None else None  # several processes would measure several times
+    if is_auto:
+        settings = with_multiple(settings, goal.times(model, here, tokenizer, with_odd=True))
+    anatomy = find_anatomy(model, goal.resource(tokenizer, model, here))
+    work = _work(anatomy, goal, tokenizer, calibration, settings, group)
     return next(prune_to_sizes(work, tokenizer, listener))
+
+
+def _with_a_number(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with a multiple that settings can have until it is chosen."""
+    return {**options, "multiple": 1} if options.get("multiple") == AUTO else options
+
+
+def _pop_aims(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in GOAL_OPTIONS & options.keys()}
+
+
+def with_multiple(settings: PruneSettings, table: LatencyTable) -> PruneSettings:
+    """The settings with the multiple that `auto` stands for. Raises InvalidSettings as
+    `latency.choose_multiple`."""
+    from .latency import choose_multiple
+
+    return build_settings(settings, multiple=choose_multiple(table))
 
 
 def _work(
@@ -90,6 +112,7 @@ def _work(
     tokenizer: Any,
     calibration: str | Path | CalibrationData | None,
     settings: PruneSettings,
+    group: Any,
 ) -> Work:
     """What the method is given, if the goal can be met."""
     model: Any = anatomy.model
@@ -100,7 +123,7 @@ def _work(
         if calibration is not None:
             settings = settings.model_copy(update={"calibration": str(calibration)})
         calibration = calibration_for(model, tokenizer, settings)
-    return Work(model, calibration, (target,), settings, resource=anatomy.resource)
+    return Work(model, calibration, (target,), settings, resource=anatomy.resource, group=group)
 
 
 def _check_in_memory(model: Any) -> None:

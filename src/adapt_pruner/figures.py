@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def short(count: float) -> str:
@@ -44,6 +45,21 @@ def change(old: float, new: float) -> str:
     if old == new or not old:
         return "0%" if old == new else ""
     return f"{(new - old) / old:+.1%}".replace("-", "−")
+
+
+def promise(timing: Mapping[str, Any]) -> str:
+    """What a target in time promised, and what was measured: the fields of `latency.Measured`.
+
+    >>> promise({"promised_speedup": 1.5, "speedup": 1.47, "dense_ms": 24, "ms": 16.33,
+    ...          "circumstances": "decode, torch float32"})
+    '1.47 times as fast, measured (24 ms, now 16.3 ms); promised 1.50: −2.0%. decode, torch float32'
+    """
+    promised, found = timing["promised_speedup"], timing["speedup"]
+    return (
+        f"{found:.2f} times as fast, measured ({timing['dense_ms']:.3g} ms, now "
+        f"{timing['ms']:.3g} ms); promised {promised:.2f}: {change(promised, found)}. "
+        f"{timing['circumstances']}"
+    )
 
 
 def in_bytes(count: float) -> str:

@@ -235,8 +235,8 @@ def read_json(file: Path, kind: type[AdaptPrunerError] = LoadingError) -> Any:
         raise kind(f"'{file}' cannot be read: it is {error}.") from error
 
 
-OWN_RESULT = re.compile(rb'\{\s*"format": 1,\s*"(models|model|device)":')
-"""How the files of `evaluate`, `bench`, `inspect` and `compare` begin."""
+OWN_RESULT = re.compile(rb'\{\s*"format": 1,\s*"(models|model|device|machine)":')
+"""How the files of `evaluate`, `bench`, `inspect` and `compare` begin, and tables of times."""
 
 
 def check_file(file: Path) -> None:

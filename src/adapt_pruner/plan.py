@@ -72,7 +72,7 @@ def make_plan(
     Raises:
         InvalidTarget, InvalidSettings, UnsupportedModel: as `prune` would.
     """
-    anatomy = find_anatomy(model, goal.resource(tokenizer))
+    anatomy = find_anatomy(model, goal.resource(tokenizer, model, settings))
     target = goal.target(settings, anatomy)
     outline = method_named(settings.method).outline(settings, anatomy, target)
     before = Size.of(anatomy)

@@ -1,5 +1,5 @@
-"""Which precision things are computed in: sums in float64 where a device has it, and the model's
-own passes in bfloat16 where that is faster."""
+"""Which precision things are in: sums in float64 where a device has it, the model's own passes in
+bfloat16 where that is faster, and checkpoints as the model is stored."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from torch import Tensor, nn
 
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Types of devices on which torch cannot make a float64 tensor."""
+
+
+def stored_dtype(model: Any) -> torch.dtype | None:
+    """The precision that the model's configuration states."""
+    dtype = getattr(model.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def written_dtype(settings: Any, model: Any) -> torch.dtype:
+    """The precision in which a checkpoint will hold the weights."""
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    return stored_dtype(model) or torch.float32
 
 
 def in_float64(tensor: Tensor) -> Tensor:

@@ -106,6 +106,8 @@ class PruningResult:
     """On what text it was measured, and how: `run.protocol`."""
     previous: dict[str, Any] | None = None
     """The record of an earlier pruning of the same model, if it had one."""
+    timing: dict[str, Any] | None = None
+    """What came of a target in time when it was measured: `latency.Measured`."""
     training: dict[str, Any] | None = None
     """The account of recovery training, if there was any."""
 
@@ -128,7 +130,7 @@ class PruningResult:
         if self.resource is PARAMETERS:
             return {"target_parameters": self.target}
         met = {"limits": self.resource.name, "most": self.target, "reached": self.reached}
-        return {"target": met}
+        return {"target": {**met, **({"timing": self.timing} if self.timing else {})}}
 
     def record(self) -> dict[str, Any]:
         """What was done, as it is written to pruning.json."""

@@ -21,11 +21,14 @@ from .goal import Goal
 from .methods import Work, method_named
 from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
+from .precision import stored_dtype as stored_dtype
+from .precision import written_dtype as written_dtype
 from .result import PruningResult
 from .settings import PruneSettings
 
 if TYPE_CHECKING:
     from .export import Export
+    from .latency import LatencyTable
 
 EVALUATION_WINDOW, EVALUATION_WINDOWS = 256, 400
 """Tokens of a window, and windows at most."""
@@ -45,13 +48,14 @@ class Request(Goal):
 
     def recipe(self, all_sizes: Sequence[Request] = ()) -> dict[str, Any]:
         """All of it, so that the run can be repeated; `all_sizes` are those of a run to several."""
-        targets = self.targets
+        targets = self.said()
         if len(all_sizes) > 1:
-            targets = {kind: [getattr(one, kind) for one in all_sizes] for kind in targets}
+            targets = {kind: [one.said()[kind] for one in all_sizes] for kind in targets}
         return {
             "model": self.model,
             **targets,
             **({"quantize": self.quantize} if self.quantize else {}),
+            **self.circumstances,
             **({"evaluate": self.evaluate} if self.evaluate else {}),
             **({"portable": True} if self.portable else {}),
             **self.settings.model_dump(mode="json"),
@@ -71,9 +75,21 @@ def plan_run(request: Request) -> Plan:
     return make_plan(model, request.settings, request, dtype, device, _tokenizer_to_plan(request))
 
 
+def times_of(
+    request: Request,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    with_odd: bool = False,
+) -> LatencyTable:
+    """The table of times that a target in time, or `--multiple auto`, is meant by; measured now if
+    it has not been. See `latency.table_for` for what it raises."""
+    model = empty_model(request.model, request.trust_remote_code)
+    tokenizer = _tokenizer_to_plan(request)
+    return request.times(model, request.settings, tokenizer, on_progress, with_odd)
+
+
 def _tokenizer_to_plan(request: Request) -> Any:
     """The tokenizer, if a plan needs it: a GGUF file holds it."""
-    if request.bytes is None:
+    if not request.is_of_file:
         return None
     return load_tokenizer(request.model, request.trust_remote_code)
 
@@ -183,6 +199,7 @@ def _prune(
             }
             if request.evaluate:
                 result.protocol = protocol(request.evaluate)
+            result.timing = request.timing(empty, result, tokenizer)
             yield i, result
 
 
@@ -204,19 +221,6 @@ def protocol(text: str) -> dict[str, Any]:
         "stride": EVALUATION_WINDOW,
         "max_windows": EVALUATION_WINDOWS,
     }
-
-
-def stored_dtype(model: Any) -> torch.dtype | None:
-    """The precision that the model's configuration states."""
-    dtype = getattr(model.config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def written_dtype(settings: PruneSettings, model: Any) -> torch.dtype:
-    """The precision in which a checkpoint will hold the weights."""
-    if settings.dtype != "auto":
-        return getattr(torch, settings.dtype)
-    return stored_dtype(model) or torch.float32
 
 
 def store_as(model: Any, dtype: torch.dtype) -> None:

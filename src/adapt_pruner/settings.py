@@ -63,6 +63,8 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f".{near_match(name, known)} Known: {', '.join(known)}"
 
 
+AUTO = "auto"
+"""As `multiple`, where a run is asked for: it is chosen by times, and a number in the settings."""
 _importance, _cut = OneOf(IMPORTANCES), OneOf(CUTS)
 ImportanceName = Annotated[str, AfterValidator(_importance), _importance]
 CutName = Annotated[str, AfterValidator(_cut), _cut]
@@ -95,7 +97,7 @@ class PruneSettings(BaseModel):
         Width,
         Field(
             description="Round MLP widths and the hidden size to a multiple (hardware, "
-            "quantisation).",
+            "quantisation); prune takes auto, too: the one that times on this machine ask for.",
         ),
     ] = 1
     layout: Annotated[
@@ -250,6 +252,29 @@ class BenchSettings(BaseModel):
     repetitions: Annotated[Rounds, Field(description="Rounds, in which models take turns.")] = 7
     dtype: Dtype = "auto"
     device: Device = "auto"
+
+
+class LatencySettings(BaseModel):
+    """Of what a target in time is meant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: Annotated[
+        Literal["decode", "prefill"],
+        Field(description="What is timed: writing a token, or reading a prompt."),
+    ] = "decode"
+    batch_size: Annotated[Batch, Field(description="Sequences at once, for times.")] = 1
+    context: Annotated[
+        Tokens, Field(description="Tokens in the cache, or of the prompt, for times.")
+    ] = 256
+    engine: Annotated[
+        Literal["torch", "llama.cpp"], Field(description="What runs the model, for times.")
+    ] = "torch"
+
+
+def make_latency_settings(**values: Any) -> LatencySettings:
+    """Build the circumstances of a time from single values. Raises as `make_settings`."""
+    return build(LatencySettings, values)
 
 
 def make_evaluation_settings(**values: Any) -> EvaluationSettings:

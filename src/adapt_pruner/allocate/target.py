@@ -65,7 +65,7 @@ def check_reachable(anatomy: Anatomy, target: int, limits: Limits, added: int = 
         share = f" (sparsity {sparsity:.4f})" if anatomy.resource is PARAMETERS else ""
         raise InvalidTarget(
             f"The target of {anatomy.resource.written(target)} is below what is possible: with "
-            f"everything cut that may be, the model has {smallest:,}{share}, of which "
-            f"{outside:,} are outside the decoder layers. Name a larger target, or allow more to "
-            "be cut with --cut."
+            f"everything cut that may be, the model has {anatomy.resource.written(smallest)}"
+            f"{share}, of which {outside:,} are outside the decoder layers. Name a milder target, "
+            "or allow more to be cut with --cut."
         )

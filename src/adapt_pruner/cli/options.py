@@ -17,15 +17,17 @@ from ..figures import in_bytes, short
 from ..files import read_yaml
 from ..goal import TARGETS
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
-from ..settings import OneOf, PruneSettings
+from ..settings import LatencySettings, OneOf, PruneSettings
 from .parameters import (
     Bytes,
     Choice,
     Count,
+    Duration,
     Integers,
     Names,
     Numbers,
     Several,
+    WidthOrAuto,
 )
 
 
@@ -116,6 +118,8 @@ def _option(name: str, info: FieldInfo) -> click.Option:
 def _type(name: str, kind: Any, info: FieldInfo) -> Any:
     if name == "method":
         return Choice(list(METHODS))
+    if name == "multiple":
+        return WidthOrAuto()
     table = next((of for of in info.metadata if isinstance(of, OneOf)), None)
     if table is not None:
         return Choice(table.names)
@@ -200,7 +204,13 @@ def own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-_COUNTS = {"params": Count(), "tokens": Count(), "bytes": Bytes(), "kv_bytes": Bytes()}
+_COUNTS = {
+    "params": Count(),
+    "tokens": Count(),
+    "bytes": Bytes(),
+    "kv_bytes": Bytes(),
+    "latency": Duration(),
+}
 
 
 def several_sizes(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -212,7 +222,7 @@ def several_sizes(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         sizes = sizes if isinstance(sizes, (list, tuple)) else [sizes]
         if not all(type(size) in (int, float) for size in sizes) or not sizes:
             raise InvalidSettings(f"{kind}: must be numbers; got {shown(sizes)}.")
-        how = {"sparsity": "{:g}".format, "params": short}.get(kind, _short_bytes)
+        how = _WRITTEN.get(kind, "{:g}".format)
         written = [how(size) for size in sizes]
         found = dict(zip(written, sizes, strict=True))
         if len(found) < len(sizes):
@@ -222,8 +232,16 @@ def several_sizes(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _short_bytes(count: int) -> str:
-    """As a part of a directory's name."""
     return in_bytes(count).replace(" ", "")
+
+
+_WRITTEN: dict[str, Callable[[Any], str]] = {
+    "params": short,
+    "bytes": _short_bytes,
+    "kv_bytes": _short_bytes,
+    "latency": lambda seconds: f"{1e3 * seconds:g}ms",
+}
+"""Targets as a part of a directory's name."""
 
 
 def resolve_settings(
@@ -262,6 +280,13 @@ _RUN_OPTIONS = (
     click.option(
         "--kv-bytes", type=Several(Bytes()), help="Bytes of KV cache per token, such as 20kB."
     ),
+    click.option("--speedup", type=Several(float), help="Times as fast as it is now, such as 1.5."),
+    click.option(
+        "--latency", type=Several(Duration()), help="Time per token or prompt, such as 12ms."
+    ),
+    click.option(
+        "--latency-table", metavar="FILE", help="Times of another device; default: of this one."
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; flags override it."),
     click.option("--evaluate", metavar="TEXT", help="Text to measure on, before and after."),
     click.option("--portable", is_flag=True, default=None, help="Add a modelling file (auto_map)."),
@@ -276,6 +301,7 @@ _RUN_OPTIONS = (
 
 def run_options(command: Callable) -> Callable:
     """A decorator that adds what every command that makes a model smaller takes."""
+    command = options_of(LatencySettings)(command)
     for option in reversed(_RUN_OPTIONS):
         command = option(command)
     return command

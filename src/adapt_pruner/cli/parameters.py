@@ -10,6 +10,7 @@ import click
 
 from ..errors import InvalidSettings, near_match, shown
 from ..limits import checked_value
+from ..settings import AUTO
 
 MOST_VALUES = 100
 """Of a list in one option."""
@@ -59,6 +60,37 @@ class Bytes(click.ParamType):
                 param, ctx,
             )  # fmt: skip
         return round(count)
+
+
+class Duration(click.ParamType):
+    """A span of time with its unit: 12ms, 0.5s, 800us. Becomes seconds."""
+
+    name = "time"
+    factors = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0}  # noqa: RUF012
+
+    def convert(self, value: Any, param, ctx) -> float:
+        text = str(value).strip().lower()
+        number = text.rstrip("nuµμms ")
+        factor = self.factors.get(text[len(number) :].strip())
+        try:
+            seconds = float(number) * (factor or math.nan)
+        except ValueError:
+            seconds = math.nan
+        if not 1e-9 <= seconds <= 1e5:
+            self.fail(
+                f"expected a time with its unit, such as 12ms, 0.5s or 800us; got {quoted(value)}.",
+                param, ctx,
+            )  # fmt: skip
+        return seconds
+
+
+class WidthOrAuto(click.ParamType):
+    """A number, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param, ctx) -> Any:
+        return value if value == AUTO else click.INT.convert(value, param, ctx)
 
 
 class Number(click.ParamType):

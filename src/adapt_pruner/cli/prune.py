@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..goal import TARGETS
+from ..goal import GOAL_OPTIONS
+from ..settings import AUTO
 from .export import quantize_option, show_export
 from .options import (
     MethodCommand,
@@ -19,6 +21,7 @@ from .options import (
     run_options,
     several_sizes,
 )
+from .times import show_timing, with_times
 
 if TYPE_CHECKING:
     from ..run import Request
@@ -29,6 +32,13 @@ RECIPE_KEYS = {
     "params": (int, str, list),
     "bytes": (int, str, list),
     "kv_bytes": (int, str, list),
+    "speedup": (float, int, list),
+    "latency": (str, list),
+    "latency_table": (str,),
+    "stage": (str,),
+    "batch_size": (int,),
+    "context": (int,),
+    "engine": (str,),
     "quantize": (str,),
     "preset": (str,),
     "evaluate": (str,),
@@ -55,9 +65,9 @@ def command(
     adapt-pruner prune ./my-model -o smaller --params 350M --calibration text.jsonl
     adapt-pruner prune model.gguf -o smaller.gguf --sparsity 0.2 --quantize Q4_K_M
     adapt-pruner prune ./my-model -o smaller.gguf --bytes 80MB --quantize Q4_K_M
+    adapt-pruner prune ./my-model -o smaller --speedup 1.5 --multiple auto
 
-    Several sizes in one run take less time than runs of their own. In the middle of the way their
-    quality differs by a few percent, to either side: docs/commands/prune.md has figures.
+    Several sizes in one run take less time than runs of their own; docs/commands/prune.md has more.
     """
     from ..model.loading import is_gguf
     from ..run import plan_run, run_pruning_to_sizes
@@ -66,13 +76,15 @@ def command(
     said = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
     model = named_model(model or said.get("model"), output, dry_run)
     to_gguf = output is not None and is_gguf(str(output))
+    is_auto, said = _is_auto(said, options)
     requests = _requests(model, said, options)
-    is_of_file = to_gguf or any(request.bytes is not None for request in requests.values())
-    if options["quantize"] and not is_of_file:
+    if options["quantize"] and not (to_gguf or any(of.is_of_file for of in requests.values())):
         raise click.UsageError(
             "--quantize is for GGUF files: name one, -o smaller.gguf, or give --bytes."
         )
     console.hush_libraries()
+    outputs = _outputs(output, requests)
+    requests = with_times(requests, [] if dry_run else outputs, is_auto, quiet)
     if dry_run:
         for request in requests.values():
             console.show_plan(plan_run(request))
@@ -81,12 +93,28 @@ def command(
     if to_gguf:
         _prune_to_gguf(list(requests.values()), output, quiet)
         return
-    outputs = [output / name for name in requests] if len(requests) > 1 else [output]
     with console.ProgressBar(quiet) as bar:
         for place, result in run_pruning_to_sizes(list(requests.values()), outputs, bar):
             if not quiet:
                 console.show_result(result)
+                show_timing(result)
                 click.echo(f"written to {place}")
+
+
+def _outputs(output: Path | None, requests: Mapping[str, Request]) -> list[Path]:
+    """A place for what is made of each request."""
+    if output is None:
+        return []
+    return [output / name for name in requests] if len(requests) > 1 else [output]
+
+
+def _is_auto(said: dict[str, Any], options: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether the multiple is to be chosen; then it is taken out of the options. Returns the recipe
+    without it, too."""
+    if (options["multiple"] or said.get("multiple")) != AUTO:
+        return False, said
+    options["multiple"] = None
+    return True, {name: value for name, value in said.items() if name != "multiple"}
 
 
 def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict[str, Request]:
@@ -94,7 +122,7 @@ def _requests(model: str, said: dict[str, Any], options: dict[str, Any]) -> dict
     recipe."""
     from ..run import Request, default_calibration
 
-    own = {key: options[key] for key in (*TARGETS, "quantize", "evaluate", "portable")}
+    own = {key: options[key] for key in (*GOAL_OPTIONS, "evaluate", "portable")}
     overwrite, trust = options.pop("overwrite"), options.pop("trust_remote_code")
     options = {key: value for key, value in options.items() if key not in own}
     preset = options.pop("preset", None)
@@ -120,5 +148,6 @@ def _prune_to_gguf(requests: list[Request], output: Path, quiet: bool) -> None:
         result, exported = run_pruning_to_gguf(requests[0], output, bar)
     if not quiet:
         console.show_result(result)
+        show_timing(result)
         show_export(exported)
         click.echo("for a model card and a report, prune to a directory and export from it")

@@ -97,10 +97,10 @@ def tune_scales(
     to_judge = [windows_BT[number:], dense_BTD[number:]]
     with prepared(model, anatomy, [], [], False), _scaled(linears) as scales:
         with torch.no_grad():
-            before = _passes(model, head, *to_judge, how)
+            before = _passes(model, head, *to_judge, how=how)
         steps = _train(model, head, scales, to_train, how, on_progress)
         with torch.no_grad():
-            after = _passes(model, head, *to_judge, how)
+            after = _passes(model, head, *to_judge, how=how)
         tuned = decided_by_first(Tuned(steps, before, after), group)
         if not tuned.is_kept:
             for scale in scales:
@@ -119,7 +119,7 @@ def _train(model, head, scales, lessons, how: Tuning, on_progress) -> list[float
     found, done = [], 0
     for batch in batches:
         with torch.enable_grad():
-            found.append(_passes(model, head, *batch, how))
+            found.append(_passes(model, head, *batch, how=how))
         optimizer.step()
         optimizer.zero_grad()
         rate.step()

@@ -1,7 +1,7 @@
 """What a target limits: parameters, or another thing that a model takes less of when axes shrink.
 
 A *resource* counts itself in any model; what it counts there is an exact *cost* over the sizes of
-the axes. Bytes of a file and time are resources, too: `export.size` and `evaluation.latency`.
+the axes. Bytes of a file and time are resources, too: `export.size` and `latency.cost`.
 """
 
 from __future__ import annotations

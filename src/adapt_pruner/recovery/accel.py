@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ..claims import claimed
 from ..errors import Interrupted, InvalidSettings
-from ..goal import TARGETS
+from ..goal import CIRCUMSTANCES, TARGETS
 from ..methods import make_settings
 from ..settings import PruneSettings
 from .account import account_of, reason_to_stop
@@ -147,7 +147,7 @@ def correction_of(request: AccelRequest) -> AccelRequest:
         model=request.teacher or request.model,
         teacher=None,
         tokens=tokens,
-        **{**dict.fromkeys(TARGETS), "sparsity": 0.0, "quantize": None},
+        **{**dict.fromkeys((*TARGETS, *CIRCUMSTANCES)), "sparsity": 0.0, "quantize": None},
         settings=make_settings(**_shared_settings(request.settings)),
         recovery=recovery.model_copy(update={**alone, "teacher_top_k": None, "lora_rank": 0}),
         evaluate=None,

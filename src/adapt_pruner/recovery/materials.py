@@ -93,7 +93,8 @@ def limited_by(request: AccelRequest) -> Resource:
     tokenizer = None
     if request.bytes is not None:
         tokenizer = load_tokenizer(request.model, request.trust_remote_code)
-    return request.resource(tokenizer)
+    dense = empty_model(request.model, request.trust_remote_code) if request.is_of_time else None
+    return request.resource(tokenizer, dense)
 
 
 def plan_phases(request: AccelRequest, model: Any) -> tuple[int, tuple[Phase, ...]]:

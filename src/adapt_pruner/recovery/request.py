@@ -9,7 +9,7 @@ from typing import Any
 from ..api import Listener
 from ..data.mixture import read_mixture
 from ..errors import InvalidSettings
-from ..goal import TARGETS, Goal
+from ..goal import CIRCUMSTANCES, TARGETS, Goal
 from ..limits import Budget, Hours, Loss, Rounds, Steps, checked_value
 from ..methods import method_named
 from ..result import PruningResult
@@ -52,6 +52,7 @@ class AccelRequest(Goal):
     def recipe(self) -> dict[str, Any]:
         """All that determines the result, so that the run can be repeated."""
         own = {name: getattr(self, name) for name in _RECIPE_NAMES}
+        own |= {**self.said(), **self.circumstances}
         said = {
             name: value for name, value in own.items() if value is not None and value is not False
         }
@@ -73,8 +74,8 @@ class AccelRequest(Goal):
 
 
 _RECIPE_NAMES = (
-    "model", "data", "tokens", *TARGETS, "quantize", "teacher", "evaluate", "portable",
-    "trust_remote_code",
+    "model", "data", "tokens", *TARGETS, *CIRCUMSTANCES, "quantize", "teacher", "evaluate",
+    "portable", "trust_remote_code",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import LoadingError
 from ..export.engines import Serving, limits, servings
-from ..figures import change, duration, figure, in_bytes, short, steps_of
+from ..figures import change, duration, figure, in_bytes, promise, short, steps_of
 from ..parsing import ParsingError, parse_yaml
 from .record import Run
 
@@ -125,6 +125,8 @@ def _sentences(run: Run, source: str) -> list[str]:
         f"{record.sparsity:.1%} of its decoder layers went, in {steps} and "
         f"{duration(record.seconds)}, with {trained} recovery training."
     )
+    if record.target and record.target.timing:
+        first += f" It is {promise(record.target.timing.model_dump())}."
     pair = record.measurements.get("perplexity")
     if pair is None:
         return [first, "Its quality was not measured in this run."]
@@ -256,6 +258,10 @@ def _parts(run: Run) -> list[dict[str, Any]]:
     return parts
 
 
+ABOUT_THE_SAME = 1.1
+"""Times what the layer that gave up the least did, up to which layers are not told apart."""
+
+
 def _extremes(run: Run) -> str:
     """Which layer gave up the most and the least, in words."""
     cuts = run.record.parameters_cut
@@ -265,9 +271,17 @@ def _extremes(run: Run) -> str:
         return f"All {len(cuts)} layers gave up the same."
     total = sum(cuts)
     most, least = cuts.index(max(cuts)), cuts.index(min(cuts))
+    if max(cuts) <= ABOUT_THE_SAME * min(cuts):
+        return (
+            f"All {len(cuts)} layers gave up about the same, {1 / len(cuts):.0%} of all that was "
+            "cut each."
+        )
+    shares = [cuts[layer] / total for layer in (most, least)]
+    forms = (form for form in (".0%", ".1%", ".2%") if len({f"{s:{form}}" for s in shares}) > 1)
+    form = next(forms, ".3%")
     return (
-        f"Layer {most} gave up the most, {cuts[most] / total:.0%} of all that was cut; "
-        f"layer {least} the least, {cuts[least] / total:.0%}."
+        f"Layer {most} gave up the most, {shares[0]:{form}} of all that was cut; layer {least} the "
+        f"least, {shares[1]:{form}}."
     )
 
 

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Ge, Le, Lt, MaxLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import (
     AllowInfNan,
     BaseModel,
@@ -37,6 +37,7 @@ from ..result import PRUNING_FILE, Size, StepRecord
 RUN_FILE = "run.json"
 MOST_LAYERS, MOST_PARAMETERS = 2_000, 10**15
 Figure = Annotated[float, AllowInfNan(False)]
+Speedup = Annotated[float, Gt(0), Le(1e12), AllowInfNan(False)]
 Count = Annotated[int, Ge(0), Le(MOST_PARAMETERS)]
 TokenCount = Annotated[int, Ge(0), Le(MAX_TOKENS)]
 Widths = Annotated[list[dict[str, Annotated[int, Ge(0), Le(10**9)]]], MaxLen(MOST_LAYERS)]
@@ -66,12 +67,23 @@ class Recovery(BaseModel):
     tokens: TokenCount
 
 
+class Timing(BaseModel):
+    """What came of a target in time: `latency.Measured`."""
+
+    promised_speedup: Speedup
+    speedup: Speedup
+    dense_ms: Speedup
+    ms: Speedup
+    circumstances: Annotated[str, MaxLen(5_000)]
+
+
 class Target(BaseModel):
     """What was asked for, and how it was met."""
 
     limits: Annotated[str, MaxLen(200)]
     most: Count
     reached: Count
+    timing: Timing | None = None
 
 
 class RunRecord(BaseModel):
