@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapt_pruner
 from accel_runs import TRAINING, assert_equal, finish, with_training
+from adapt_pruner import files
 from adapt_pruner.errors import (
     AdaptPrunerError,
     InvalidSettings,
@@ -24,6 +25,7 @@ from adapt_pruner.recovery.accel import run_accel
 from adapt_pruner.recovery.estimate import plan_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
+from adapt_pruner.report import pictures
 from picomodels import VOCAB_SIZE
 
 # What goes wrong.
@@ -66,7 +68,17 @@ def test_loss_that_is_not_a_number_stops_the_run(request_, tmp_path, monkeypatch
     finish(with_training(request_, per_device_train_batch_size=4), tmp_path / "run")
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def draw_on_a_full_disk(directory: Path, result: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "replace_file", full_disk)
+        pictures.save_figure(pictures.make_figure(1, 1, 1)[0], directory / "widths.svg")
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log", "picture"])
 def test_full_disk_loses_nothing(what, request_, uninterrupted, tmp_path, monkeypatch):
     place, original, count = tmp_path / "run", state.save_file, [0]
 
@@ -87,12 +99,21 @@ def test_full_disk_loses_nothing(what, request_, uninterrupted, tmp_path, monkey
     with monkeypatch.context() as patch:
         if what == "checkpoint":
             patch.setattr(state, "save_file", full)
-        else:
+        elif what == "log":
             patch.setattr(Path, "open", full_log)
-        with pytest.raises(WritingError, match=r"disk is full|No space left"):
+        else:
+            patch.setattr(pictures, "draw_all", draw_on_a_full_disk)
+        says = rf"'{place}.*disk is full.*Run the same command again to go on from the last"
+        with pytest.raises(WritingError, match=says):
             run_accel(request_, place)
     finish(request_, place)
     assert_equal(place, uninterrupted)
+
+
+def test_full_disk_before_the_first_checkpoint(request_, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "save_file", full_disk)
+    with pytest.raises(WritingError, match=r"disk is full.*There is no checkpoint yet"):
+        run_accel(request_, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +122,7 @@ def test_full_disk_loses_nothing(what, request_, uninterrupted, tmp_path, monkey
         ({"sparsity": None, "params": 10**9}, "above the model's"),
         ({"sparsity": 0.999}, "below what is possible"),
         ({"tokens": 100}, "need at least one each"),
+        ({"recovery": make_recovery_settings(alpha=1, teacher_tokens=1)}, "teacher_tokens: a step"),
         ({"max_loss": 1.0}, "needs a text"),
         ({"teacher": "x"}, "would not be used with alpha 0"),
         ({"data": "no-such-file.txt"}, "no-such-file.txt"),

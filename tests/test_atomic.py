@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from adapt_pruner import checkpoint, durable
+from adapt_pruner import checkpoint, claims, durable
 from adapt_pruner.claims import claimed
 from adapt_pruner.errors import WritingError
 from adapt_pruner.files import atomic_directory, check_output
@@ -279,3 +279,19 @@ def test_what_a_search_left_half_written_inside_another_goes(tmp_path):
         (tmp_path / name).mkdir()
     durable.recover(place)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_half_written_files_are_nobodys_and_go(tmp_path):
+    out = tmp_path / "out"
+    with atomic_directory(out) as partial:
+        (partial / "study").mkdir()
+        (partial / "model").write_text("whole")
+        claims.write_record(partial)
+    left = [out / ".report.html.partial-0123abcd", out / "pictures" / ".a.svg.partial-0123abcd"]
+    kept = [out / ".notes.partial", out / "study" / ".pool.partial-0123abcd"]  # may be at work
+    (out / "pictures").mkdir()
+    for file in (*left, *kept):
+        file.write_text("half")
+    assert claims.foreign_files(out) == [".notes.partial"]
+    with claims.claimed(out):
+        assert [file.exists() for file in (*left, *kept)] == [False, False, True, True]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import time
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from adapt_pruner import (
     prune,
     replay,
 )
-from adapt_pruner.data import formats
+from adapt_pruner.data import templates
 from adapt_pruner.errors import (
     AdaptPrunerError,
     CalibrationError,
@@ -25,8 +27,10 @@ from adapt_pruner.errors import (
     LoadingError,
     UnsupportedModel,
 )
-from adapt_pruner.model.loading import load_tokenizer
 from picomodels import build
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+BOMB = "{% set a = 'x' * 10000000 %}{% for i in range(99999) %}{{ a }}{% endfor %}"
 
 
 class TestSilence:
@@ -74,6 +78,12 @@ class TestSilence:
         assert done.status == 1
         assert "limit: " in done.err
         assert says in done.err
+
+    def test_more_tokens_than_a_model_reads(self, cli, workplace):
+        for command in (("run", "llama", "a", "--tokens"), ("bench", "llama", "--new-tokens")):
+            done = cli(*command, 9_999_999)
+            assert done.status == 1
+            assert "the model reads at most 64 tokens" in done.err.lower()
 
     def test_answers_of_plain_text(self, cli, workplace):
         done = cli(
@@ -135,17 +145,25 @@ class TestPlaces:
             assert "Out of memory" not in done.err
         assert not (workplace / "out").exists()
 
-    def test_template_that_loops(self, cli, workplace, monkeypatch):
-        monkeypatch.setattr(formats, "TEMPLATE_SECONDS", 0.2)
-        (workplace / "loop.jinja").write_text(
-            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    @pytest.mark.parametrize("template", [LOOP, LOOP + "{% generation %}{% endgeneration %}", BOMB])
+    def test_template_without_an_end(self, cli, workplace, monkeypatch, template):
+        monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.2)
+        (workplace / "loop.jinja").write_text(template)
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        (workplace / "chat.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 1_000)
+        (workplace / "mixture.yaml").write_text(
+            "sources: [chat.jsonl]\ndefault_chat_template: loop.jinja"
         )
-        (workplace / "chat.jsonl").write_text(
-            json.dumps({"messages": [{"role": "user", "content": "a"}]})
-        )
-        template = formats.ChatTemplate(load_tokenizer("llama"), "loop.jinja", mark_answers=False)
-        with pytest.raises(formats.TemplateRefusal, match=r"longer than 0\.2 s"):
-            template.document([{"role": "user", "content": "a"}])
+        began = time.perf_counter()
+        done = cli(
+            "accel", "llama", "-o", "out", "--data", "mixture.yaml", "--tokens", 512, "--alpha", 0,
+            "--sequence-length", 16, "--batch-tokens", 64, "--sparsity", 0.2,
+            "--calibration", "text.txt", "--windows", 4, "--window-length", 12, "--repeat",
+        )  # fmt: skip
+        assert done.status == 1
+        assert re.search(r"longer than 0\.2 s for one|fills the memory for one", done.err)
+        assert time.perf_counter() - began < 30
+        assert not (workplace / "out").exists()
 
 
 class TestCalibration:

@@ -303,3 +303,25 @@ class TestCommand:
         assert done.status != 0
         assert "Interrupted after 1 of 3 models. Their results are kept" in done.err
         assert "(n=1)" in (tmp_path / "out" / "comparison.md").read_text()
+
+    def test_first_model_that_is_never_measured(self, compare, text_file, tmp_path, monkeypatch):
+        asked = ["--evaluate", text_file, "--methods", "random", "--sparsities", 0.2, "--seeds", 1]
+        with monkeypatch.context() as patch:
+            patch.setattr(grid._Runner, "_make", _stopped)
+            done = compare(*asked, "--save-models")
+        assert "Interrupted after 0 of 1 models" in done.err
+        out = tmp_path / "out"
+        (out / "models").mkdir(exist_ok=True)
+        (out / "pictures").mkdir()
+        left = [
+            out / ".comparison.md.partial-0123abcd",
+            out / "pictures" / ".a.svg.partial-0123abcd",
+        ]
+        for file in left:
+            file.write_text("half")
+        assert compare(*asked, "--save-models").status == 0
+        assert not any(file.exists() for file in left)
+
+
+def _stopped(*args) -> None:
+    raise KeyboardInterrupt

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
+from adapt_pruner.methods import METHODS, settings_fields
 from picomodels import build
 
 MODULE = """
@@ -97,3 +99,25 @@ def test_a_foreign_architecture_may_stand_beside_its_method(run, tmp_path):
     """
     for first in ("import transformers", "import adapt_pruner.model.anatomy"):
         assert run("-c", code.format(first)).splitlines()[-1].endswith(" widths")
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("no_such_module:ROW", "cannot be imported: No module named"),
+        ("foreign_exit:ROW", "cannot be imported: bye"),
+        ("json:dumps", "which is no Method but <function dumps"),
+    ],
+)
+def test_a_broken_row_stops_nothing_else(cli, tmp_path, monkeypatch, value, says):
+    (tmp_path / "foreign_exit.py").write_text("raise SystemExit('bye')")
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("bad", value, METHODS.group)
+    monkeypatch.setattr(METHODS, "_foreign", {"bad": point})
+    done = cli("prune", "llama", "-o", tmp_path / "out", "--method", "bad")
+    assert done.status == 1
+    assert says in done.err
+    assert len(done.err.splitlines()) == 1
+    assert "adapt-pruner" in cli("methods").out
+    assert "ridge" in settings_fields()
+    assert cli("methods", "bad").status == 1

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from adapt_pruner.data.formats import ChatTemplate, TemplateRefusal, detect
+from adapt_pruner.data.formats import ChatTemplate, detect
 from adapt_pruner.data.overlap import Overlap
 from adapt_pruner.data.reading import DataRow, read_rows
+from adapt_pruner.data.templates import TemplateRefusal
 from adapt_pruner.errors import DataError
 from conftest import character_tokenizer
 

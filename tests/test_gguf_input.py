@@ -82,6 +82,11 @@ def test_commands_take_files(cli, file, text_file, tmp_path):
 
 def test_hostile_files_get_one_message(cli, file, tmp_path):
     good = file.read_bytes()
+
+    def after(name: bytes, skipped: int, form: str, value: int) -> bytes:
+        start = good.index(name) + len(name) + skipped
+        return good[:start] + struct.pack(form, value) + good[start + struct.calcsize(form) :]
+
     count = good.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
     hostile = {
         "none": b"\x00" * 100,
@@ -94,6 +99,10 @@ def test_hostile_files_get_one_message(cli, file, tmp_path):
         "length of a key": good[:24] + struct.pack("<Q", 2**63 + 5) + good[32:],
         "array": good[:count] + struct.pack("<Q", 2**59) + good[count + 8 :],
         "version": good[:4] + struct.pack("<I", 77) + good[8:],
+        "layers without end": after(b"llama.block_count", 4, "<I", 10**9),
+        "layers that are left over": after(b"llama.block_count", 4, "<I", 1),
+        "heads": after(b"llama.attention.head_count", 4, "<I", 10**8),
+        "offset": after(b"token_embd.weight", 4 + 2 * 8 + 4, "<Q", 7),
     }
     for name, content in hostile.items():
         bad = tmp_path / "bad.gguf"

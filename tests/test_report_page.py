@@ -60,6 +60,20 @@ class TestBadInput:
         assert says in self.refused(cli, run)
         assert (run / "report.html").read_text() == before
 
+    @pytest.mark.parametrize("place", ["99/kv-groups", "99/neurons", "-7/neurons", "99/layers"])
+    def test_layer_that_is_none(self, cli, run, place):
+        record = json.loads((run / "pruning.json").read_text())
+        record["edits"][0]["axes"][place] = {"units": 2, "kept": [0]}
+        (run / "pruning.json").write_text(json.dumps(record))
+        assert re.search("tells of layer 99|-7/neurons", self.refused(cli, run))
+
+    @pytest.mark.parametrize("total", [0, -1, 10**40])
+    def test_size_that_is_none(self, cli, run, total):
+        record = json.loads((run / "run.json").read_text())
+        record["after"]["total"] = total
+        (run / "run.json").write_text(json.dumps(record))
+        assert "sizes must be positive" in self.refused(cli, run)
+
     def test_lacks_config(self, run):
         (run / "config.json").unlink()
         with pytest.raises(LoadingError, match=r"config\.json"):
@@ -121,6 +135,15 @@ class TestCharts:
             assert all(f"--{name}: {color};" in page for name, color in colors.items())
         drawn = re.findall(r'<polyline points="([^"]+)" class="curve"', page)
         assert len(curve.means) in [len(points.split()) for points in drawn]
+
+    def test_equal_ratios_are_equal_distances(self):
+        assert charts.log_ticks(21.7, 48.0) == [20, 30, 50]
+        assert charts.log_ticks(10, 10) == [10]
+        assert charts.log_ticks(20, 1e6) == [10, 100, 1e3, 1e4, 1e5, 1e6]
+        points = [charts.Point(float(i), y, str(i)) for i, y in enumerate((10.0, 100.0, 1000.0))]
+        drawn = str(charts.scatter("id", "t", "x", points, "said", is_log=True))
+        low, middle, high = (float(y) for y in re.findall(r' cy="([\d.]+)"', drawn))
+        assert low - middle == pytest.approx(middle - high)
 
     def test_one_point_of_each(self):
         assert "A curve of 1 points" in str(charts.line("i", "t", "x", [(5.0, 2.0)]))

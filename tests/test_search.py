@@ -233,3 +233,9 @@ def test_a_journal_that_ends_within_a_line_goes_on(tmp_path):
         study.tell(study.ask({}), 1.0)
         with place.journal.open("ab") as journal:
             journal.write(b'{"op_code":5,"worker_id":')
+
+
+def test_latency_of_more_tokens_than_the_model_reads(run, tmp_path):
+    with pytest.raises(InvalidSettings, match="new_tokens: the model reads at most 64 tokens"):
+        run(trials=1, objective="perplexity,latency", new_tokens=100_000)
+    assert not (tmp_path / "out").exists()

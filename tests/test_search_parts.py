@@ -238,3 +238,9 @@ def test_the_front_is_what_no_trial_beats(choose, chosen):
 def test_a_space_that_is_none_is_refused(section, said):
     with pytest.raises(InvalidSettings, match=said):
         make_space(make_settings(method="ada-pruner"), SearchSettings(over="none"), section)
+
+
+def test_more_groups_than_samples():
+    settings = make_settings(method="ada-pruner", pool=8)
+    with pytest.raises(InvalidSettings, match="groups: a pool of 8 samples"):
+        make_space(settings, SearchSettings(groups=9), {})

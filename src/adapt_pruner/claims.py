@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .durable import recover
+from .durable import is_half_written, recover
 from .errors import AdaptPrunerError, WritingError
 from .files import place_of, refusal, write_json
 
@@ -63,6 +63,8 @@ def _files_of(directory: Path) -> dict[str, list[object]]:
         links = [name for name in directories if Path(parent, name).is_symlink()]
         for name in [*files, *links]:
             path = Path(parent, name)
+            if is_half_written(path):
+                continue  # of a process that was killed, or that is at work
             found[path.relative_to(directory).as_posix()] = _print_of(path)
     return dict(sorted(found.items()))
 

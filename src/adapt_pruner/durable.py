@@ -112,25 +112,52 @@ def _renameat2():
     return function
 
 
+_HALF_WRITTEN = re.compile(r"\.(?P<of>.+)\.(old|partial)-[0-9a-f]{8}", re.DOTALL)
+"""A name that `hidden_beside` gives."""
+
+
+def is_half_written(path: Path) -> bool:
+    """Whether a name is one that a file or directory has while it is written."""
+    return _HALF_WRITTEN.fullmatch(path.name) is not None
+
+
 def recover(place: Path) -> None:
     """Put in order what a killed process left at `place`: an old directory gets its name back if
     nothing has it, and what was half-written goes. Nobody else may be at work there."""
-    mark = r"\.(old|partial)-[0-9a-f]{8}"
-    of_place = re.compile(rf"\.{re.escape(place.name)}{mark}")
-    inside = re.compile(rf"\.\.{re.escape(place.name)}{mark}{mark}")  # written into a partial one
-    try:
-        entries = list(place.parent.iterdir())
-    except OSError:
-        return
-    left = [entry for entry in entries if of_place.fullmatch(entry.name)]
+    left = [entry for entry in _entries(place.parent) if _is_of(entry, place)]
     old = [entry for entry in left if ".old-" in entry.name]
     if old and not os.path.lexists(place):
         newest = max(old, key=lambda entry: entry.stat().st_ctime_ns)
         os.replace(newest, place)
         left.remove(newest)
-    left += [entry for entry in entries if inside.fullmatch(entry.name)]
     for entry in left:
         remove(entry)
+    tidy(place)
+
+
+def tidy(directory: Path) -> None:
+    """Remove the files that a killed process left half-written in a directory and its pictures.
+    Nobody else may be at work there."""
+    for entry in [*_entries(directory), *_entries(directory / "pictures")]:
+        if is_half_written(entry) and not entry.is_dir():
+            remove(entry)
+
+
+def _is_of(entry: Path, place: Path) -> bool:
+    """Whether an entry is what `place` was while it was written, or was written into that."""
+    name = entry.name
+    while found := _HALF_WRITTEN.fullmatch(name):
+        name = found["of"]
+        if name == place.name:
+            return True
+    return False
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError:
+        return []
 
 
 def remove(path: Path) -> None:

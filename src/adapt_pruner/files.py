@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,22 +37,19 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     Raises:
         WritingError: for whatever the disk refuses; what was there is unchanged.
     """
-    partial = None
+    partial = hidden_beside(file, "partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
-        with os.fdopen(handle, "wb") as stream:
+        with partial.open("xb") as stream:
             stream.write(content.encode("utf-8") if isinstance(content, str) else content)
-        Path(partial).chmod(0o666 & ~_umask())  # mkstemp makes files for their owner alone
-        replace_file(Path(partial), file)
+        replace_file(partial, file)
     except BaseException as error:
-        if partial:
-            with contextlib.suppress(OSError):
-                Path(partial).unlink()
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise WritingError(
-            f"'{file}' could not be written: {error.strerror}. Free some space, or name another "
+            f"'{file}' could not be written: {refusal(error)}. Free some space, or name another "
             "place."
         ) from error
 
@@ -146,26 +142,34 @@ def atomic_directory(directory: Path, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(partial, ignore_errors=True)
         if is_written and isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"Interrupted, when '{directory}' was written already.") from None
-        if isinstance(error, AdaptPrunerError) or not isinstance(error, (OSError, SafetensorError)):
+        cause = _of_the_disk(error)
+        if cause is None:
             raise
         raise WritingError(
-            f"'{directory}' could not be written: {refusal(error)}. What was there is unchanged; "
+            f"'{directory}' could not be written: {refusal(cause)}. What was there is unchanged; "
             "free some space or name another directory, and run again."
-        ) from error
+        ) from cause
 
 
 @contextmanager
-def writing(place: Path, kept: str = "What was there is unchanged") -> Iterator[None]:
-    """Turn whatever the disk refuses into a WritingError of a sentence, and what is `kept`."""
+def writing(place: Path, advice: str) -> Iterator[None]:
+    """Turn whatever the disk refuses into a WritingError of a sentence, and then the `advice`: what
+    is kept, and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, AdaptPrunerError):
+        cause = _of_the_disk(error)
+        if cause is None:
             raise
-        raise WritingError(
-            f"'{place}' could not be written: {refusal(error)}. {kept}; free some space or name "
-            "another directory, and run again."
-        ) from error
+        raise WritingError(f"'{place}' could not be written: {refusal(cause)}. {advice}") from cause
+
+
+def _of_the_disk(error: BaseException) -> BaseException | None:
+    """What the disk refused, or None. A part of a whole may have said so itself, of a file that is
+    gone with the whole: what is said of the whole is of more use."""
+    cause = error.__cause__ if isinstance(error, WritingError) else error
+    is_own = isinstance(cause, AdaptPrunerError)
+    return cause if isinstance(cause, (OSError, SafetensorError)) and not is_own else None
 
 
 def refusal(error: BaseException) -> str:
@@ -294,9 +298,3 @@ def beginning(file: Path, size: int = 2_000) -> str:
     """The first characters of a file, whatever it holds."""
     with file.open("rb") as stream:
         return stream.read(size).decode("utf-8", "ignore")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from .errors import MissingExtra
+from .errors import MissingExtra, shortened, shown
 
-Entry = TypeVar("Row")
+Entry = TypeVar("Entry")
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
@@ -34,13 +35,26 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if name not in self.own:
             point = self.foreign[name]
             try:
-                self.own[name] = point.load()
-            except Exception as error:
+                row = point.load()
+            except (Exception, SystemExit) as error:
                 raise MissingExtra(
                     f"'{name}' is added by another package, as {point.value}, which cannot be "
-                    f"imported: {error}. Repair or remove that package."
+                    f"imported: {shortened(str(error))}. Repair or remove that package."
                 ) from error
+            kind = type(next(iter(self.own.values())))
+            if not isinstance(row, kind):
+                raise MissingExtra(
+                    f"'{name}' is added by another package, as {point.value}, which is no "
+                    f"{kind.__name__} but {shown(row)}. Repair or remove that package."
+                )
+            self.own[name] = row
         return self.own[name]
+
+    def loaded(self) -> Iterator[tuple[str, Entry]]:
+        """The rows that can be had: a package that is broken stops nothing of the others."""
+        for name in self:
+            with contextlib.suppress(MissingExtra):
+                yield name, self[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.own or name in self.foreign

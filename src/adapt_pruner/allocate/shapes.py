@@ -49,7 +49,7 @@ def parse_shape(text: str) -> dict[str, int]:
             hint, known = near_match(name[:100], SHAPE_NAMES), ", ".join(SHAPE_NAMES)
             raise ValueError(f"there is no {shown(name)} in a shape.{hint} Known: {known}")
         if not size.isdecimal() or len(size) > 9 or int(size) < 1:
-            raise ValueError(f"a shape reads hidden=512,layers=24; got {shown(part)}")
+            raise ValueError(f"{shown(part)} is no size; a shape reads hidden=512,layers=24")
         sizes[name] = int(size)
     return sizes
 

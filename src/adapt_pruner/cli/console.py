@@ -163,6 +163,9 @@ class ComparisonView(ComparisonListener):
     def __exit__(self, *exc) -> None:
         self.live.stop()
 
+    def on_dense(self, comparison: Comparison) -> None:
+        self.on_change(comparison)  # by its file the same command knows that it may go on here
+
     def on_cell(self, cell: Cell, number: int, count: int) -> None:
         self.count = count
         if self.interactive:
@@ -281,11 +284,8 @@ class TrainingProgress(AccelListener):
 
     def on_phase(self, phase: Phase, phases: tuple[Phase, ...]) -> None:
         self.phase, self.phases = phase.number, len(phases)
-        self.bar.update(
-            self.task,
-            description=f"phase {phase.number}/{len(phases)} · cutting to "
-            f"{short(phase.parameters)} parameters",
-        )
+        where, size = f"phase {phase.number}/{len(phases)}", short(phase.parameters)
+        self.bar.update(self.task, description=f"{where} · cutting to {size} parameters")
 
     def on_step(self, record: dict[str, Any], total_tokens: int) -> None:
         self.bar.update(

@@ -149,7 +149,9 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
     """What to say of an error, and the exit status."""
     if isinstance(error, click.NoSuchOption):
         hint = near_match(error.option_name, error.possibilities or [])
-        owner = _owner(error.option_name)
+        taken = error.ctx.command.get_params(error.ctx) if error.ctx else []
+        has_methods = any(parameter.name == "method" for parameter in taken)
+        owner = _owner(error.option_name) if has_methods else ""
         return f"There is no option '{error.option_name}'.{owner}{hint} --help lists them.", 2
     if isinstance(error, click.ClickException):
         message = error.format_message()

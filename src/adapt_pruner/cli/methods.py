@@ -20,8 +20,8 @@ def command(name: str | None, as_json: bool) -> None:
     """
     from ..methods import METHODS, method_named
 
-    names = [name] if name else list(METHODS)
-    rows = {each: _described(method_named(each), with_settings=bool(name)) for each in names}
+    found = {name: method_named(name)} if name else dict(METHODS.loaded())
+    rows = {each: _described(method, with_settings=bool(name)) for each, method in found.items()}
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     else:

@@ -57,6 +57,7 @@ def compare(
         for variant in request.variants
     ]
     comparison = Comparison(request, runner.measure(request.model))
+    listener.on_dense(comparison)
     for number, cell in enumerate(cells, 1):
         listener.on_cell(cell, number, len(cells))
         result = runner.run(cell)

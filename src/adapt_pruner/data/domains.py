@@ -22,11 +22,12 @@ from ..errors import DataError, WritingError
 from ..files import atomic_directory, check_output, refusal, write_json
 from . import pydocs
 from .fingerprints import of_source, of_texts, of_tokenizer, short_hash
-from .formats import ChatTemplate, Document, RowLayout, TemplateRefusal, detect
+from .formats import ChatTemplate, Document, RowLayout, detect
 from .mixture import Mixture, Source
 from .npy import RowWriter
 from .overlap import Overlap
 from .reading import EMBEDDED, files_in, hub_revision, read_rows, rows_by_file, strings_in
+from .templates import TemplateRefusal
 from .tokenising import tokenised
 
 LossOn = Literal["all", "answers"]

@@ -7,19 +7,17 @@ that makes documents of their values.
 from __future__ import annotations
 
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, near_match, shortened, shown
+from ..errors import DataError, near_match, shown
 from ..files import MAX_TEXT_BYTES, read_bytes
 from .reading import DataRow, pieces_of
+from .templates import EndlessTemplate, running_a_template
 
 Spans = tuple[tuple[int, int], ...]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -34,10 +32,6 @@ class Document:
     """Half-open ranges of characters that have loss; None: all of it."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own, such as BOS, or the text already holds them."""
-
-
-class TemplateRefusal(Exception):
-    """A chat template does not take these messages."""
 
 
 class ChatTemplate:
@@ -70,19 +64,16 @@ class ChatTemplate:
         return Document(text, spans, add_special_tokens=not self.is_own and not has_bos)
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        try:
-            with at_most(TEMPLATE_SECONDS):
-                return self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.text, tokenize=False, **options
-                )
-        except Exception as error:  # a template may raise anything
-            raise TemplateRefusal(shortened(str(error), 300)) from error
+        with running_a_template():
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, **options
+            )
 
     def _marked(self, messages: list[dict[str, Any]]) -> Spans:
         """Take the places that the template itself marks with `{% generation %}`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with at_most(TEMPLATE_SECONDS):
+        with running_a_template():
             result: Any = render_jinja_template(
                 [messages],
                 chat_template=self.text,
@@ -106,35 +97,6 @@ class ChatTemplate:
             if end > start:
                 spans.append((start, end))
         return tuple(spans)
-
-
-TEMPLATE_SECONDS = 10.0
-"""A template is a program, and may loop; a real one takes a millisecond."""
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block when it takes longer, where there are timers: in the main
-    thread of a POSIX system, whose alarm nobody else uses."""
-    is_possible = (
-        hasattr(signal, "setitimer")
-        and threading.current_thread() is threading.main_thread()
-        and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-    )
-    if not is_possible:
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"it takes longer than {seconds:g} s for one document")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _common(a: str, b: str) -> int:
@@ -292,6 +254,8 @@ class RowLayout:
             )
         try:
             return list(form.documents(values, template))
+        except EndlessTemplate:
+            raise
         except ValueError as error:
             raise DataError(f"{row.place}: {error}. Correct it, or name other columns.") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import EvaluationError, LoadingError, MissingExtra
 from ..model.gguf_input import read_header
 from ..model.loading import is_gguf, load_model, load_tokenizer, resolve_name
+from .speed import longest_of
 
 MARGIN = 64
 """Tokens of context beside the prompt's bytes and the new tokens: what templates add."""
@@ -33,7 +34,8 @@ def first_look(
     Raises:
         LoadingError: if there is no such model.
         MissingExtra: for a GGUF file where llama.cpp is not installed.
-        EvaluationError: if it has no chat template, or llama.cpp cannot run it.
+        EvaluationError: if it has no chat template, or reads no text so long, or llama.cpp cannot
+            run it.
     """
     if is_gguf(model):
         return _in_llama_cpp(Path(resolve_name(model)), prompt, num_tokens, chat)
@@ -54,6 +56,7 @@ def _in_transformers(
         ids = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
     else:
         ids = tokenizer(prompt).input_ids
+    _check_length(len(ids), num_tokens, longest_of(model.config))
     tokens = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         answer = model.generate(
@@ -76,6 +79,8 @@ def _in_llama_cpp(file: Path, prompt: str, num_tokens: int, chat: bool) -> str:
         ) from None
     if chat and "tokenizer.chat_template" not in header.metadata:
         raise _no_template(str(file))
+    longest = header.metadata.get(f"{header.architecture}.context_length")
+    _check_length(1, num_tokens, longest or 10**9)
     engine: Any = xllamacpp
     parameters = engine.CommonParams()
     parameters.model.path = str(file)
@@ -99,6 +104,14 @@ def _in_llama_cpp(file: Path, prompt: str, num_tokens: int, chat: bool) -> str:
             raise EvaluationError(f"llama.cpp cannot run '{file}': {error}") from error
     choice = answer["choices"][0]
     return choice["message"]["content"] if chat else prompt + choice["text"]
+
+
+def _check_length(prompt: int, new: int, longest: int) -> None:
+    if prompt + new > longest:
+        raise EvaluationError(
+            f"The model reads at most {longest:,} tokens, but the prompt has {prompt:,} and "
+            f"{new:,} are to follow. Take fewer: --tokens."
+        )
 
 
 def _no_template(name: str) -> EvaluationError:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InvalidSettings
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -79,11 +81,23 @@ def _speed(
 
 
 def fitting_prompt(models: list[Any], prompt_tokens: int, new_tokens: int) -> int:
-    """The longest prompt up to `prompt_tokens` from which every model can still write."""
-    longest = min(
-        getattr(model.config, "max_position_embeddings", None) or 10**9 for model in models
-    )
-    return max(1, min(prompt_tokens, longest - new_tokens))
+    """The longest prompt up to `prompt_tokens` from which every model can still write.
+
+    Raises:
+        InvalidSettings: if none is left.
+    """
+    longest = min(longest_of(model.config) for model in models)
+    if new_tokens >= longest:
+        raise InvalidSettings(
+            f"new_tokens: the model reads at most {longest:,} tokens, of which a prompt has one; "
+            f"got {new_tokens:,}."
+        )
+    return min(prompt_tokens, longest - new_tokens)
+
+
+def longest_of(config: Any) -> int:
+    """Tokens that a model reads at most."""
+    return getattr(config, "max_position_embeddings", None) or 10**9
 
 
 def random_prompt(model: Any, num_tokens: int, batch_size: int = 1) -> Tensor:

@@ -100,9 +100,9 @@ def target_of(
 
 def owners_of(setting: str) -> list[str]:
     """The methods that have a setting of that name."""
-    return [name for name, row in METHODS.items() if setting in row.settings.model_fields]
+    return [name for name, row in METHODS.loaded() if setting in row.settings.model_fields]
 
 
 def settings_fields() -> set[str]:
     """The names of all settings of all methods."""
-    return {name for row in METHODS.values() for name in row.settings.model_fields}
+    return {name for _, row in METHODS.loaded() for name in row.settings.model_fields}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadingError, MissingExtra
+from ..errors import LoadingError, MissingExtra, shown
+from .checks import LARGEST
 from .pretokenizers import named
 
 MAGIC = b"GGUF"
@@ -29,6 +31,19 @@ _NUMBERS = {
 }
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+}
+"""Sizes in the header -> what a configuration calls them."""
+_OF_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -134,9 +149,30 @@ def _parse(cursor: _Cursor) -> Header:
     if not isinstance(alignment, int) or not 0 < alignment < 2**20:
         raise ValueError(f"its alignment is {alignment}")
     start = -(-cursor.place // alignment) * alignment
+    header = Header(metadata, tensors, start)
+    _check_sizes(header)
     for tensor in tensors:
+        if tensor.offset % alignment:
+            raise ValueError(
+                f"tensor '{tensor.name}' starts at {tensor.offset:,}, no multiple of {alignment:,}"
+            )
         _check_tensor(tensor, start, cursor.size)
-    return Header(metadata, tensors, start)
+    return header
+
+
+def _check_sizes(header: Header) -> None:
+    """Raise ValueError for sizes that no model has, and for layers beyond those it should have."""
+    for name, known_as in _SIZES.items():
+        key = f"{header.architecture}.{name}"
+        value, most = header.metadata.get(key), LARGEST[known_as]
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not (type(one) is int and 0 <= one <= most):
+                raise ValueError(f"{key} must be from 0 to {most:,}, and is {shown(one)}")
+    count = header.metadata.get(f"{header.architecture}.block_count")
+    for tensor in header.tensors:
+        layer = _OF_LAYER.match(tensor.name)
+        if count is not None and layer and int(layer[1]) >= count:
+            raise ValueError(f"it should have {count:,} layers, and holds '{tensor.name}'")
 
 
 def _tensor(cursor: _Cursor) -> TensorInfo:

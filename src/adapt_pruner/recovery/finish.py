@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..checkpoint import save_result
 from ..durable import flush, flush_tree
-from ..files import writing
 from ..report import write_page
 from ..report.training_pictures import draw_training
 from ..result import PruningResult
@@ -28,7 +27,7 @@ def write_result(result: PruningResult, request: AccelRequest, place: RunDirecto
     """
     directory, name = place.directory, place.final.name
     whole = directory / ".result"
-    with writing(place.final, place.kept()):
+    with place.is_written(place.final):
         save_result(result, whole, request.portable, True, request.recipe(), name)
         draw_training(directory, whole / "pictures")
         flush_tree(whole)
@@ -39,7 +38,7 @@ def write_result(result: PruningResult, request: AccelRequest, place: RunDirecto
 
 def draw_progress(place: RunDirectory) -> None:
     """Pictures of a run that is under way."""
-    with writing(place.directory / "pictures", place.kept()):
+    with place.is_written(place.directory / "pictures"):
         draw_training(place.directory, place.directory / "pictures")
 
 

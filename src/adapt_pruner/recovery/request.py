@@ -15,7 +15,7 @@ from ..methods import method_named
 from ..result import PruningResult
 from ..settings import PruneSettings
 from .lora import require_peft
-from .schedule import Phase
+from .schedule import Phase, tokens_per_step
 from .settings import RecoverySettings
 
 TRAINING_DATA = "training data"
@@ -142,11 +142,7 @@ def check_together(request: AccelRequest) -> None:
         )
     if method.masks:
         _check_masks(settings.method, recovery)
-    if recovery.teacher_tokens and not recovery.alpha:
-        raise InvalidSettings(
-            "teacher_tokens: with alpha 0 there is no teacher; give --alpha 1, say, or "
-            "leave it out."
-        )
+    _check_teacher(recovery)
     if not recovery.lora_rank:
         return
     if recovery.sharding == "fsdp2":
@@ -156,6 +152,19 @@ def check_together(request: AccelRequest) -> None:
             "moments: those of LoRA weights end with them, merged before each cut; take reset."
         )
     require_peft()
+
+
+def _check_teacher(recovery: RecoverySettings) -> None:
+    if recovery.teacher_tokens and not recovery.alpha:
+        raise InvalidSettings(
+            "teacher_tokens: with alpha 0 there is no teacher; give --alpha 1, say, or "
+            "leave it out."
+        )
+    if recovery.teacher_tokens and recovery.teacher_tokens < tokens_per_step(recovery):
+        raise InvalidSettings(
+            f"teacher_tokens: a step takes {tokens_per_step(recovery):,}; got "
+            f"{recovery.teacher_tokens:,}. Give more, or a smaller --batch-tokens."
+        )
 
 
 def _check_masks(method: str, recovery: RecoverySettings) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..claims import check_replaceable, claimed
-from ..durable import flush, remove, take_place
+from ..durable import flush, remove, take_place, tidy
 from ..errors import InvalidSettings, LoadingError, WritingError, shown
 from ..files import (
     atomic_directory,
@@ -39,7 +39,6 @@ from ..files import (
     place_of,
     read_json,
     read_yaml,
-    refusal,
     write_atomically,
     write_json,
     writing,
@@ -190,7 +189,7 @@ class RunDirectory:
             shutil.rmtree(self.directory / name, ignore_errors=True)
         self._discard_partials()
         if self.directory != self.final:
-            with writing(self.final, f"The whole result is in '{self.directory}'"):
+            with writing(self.final, f"The whole result is in '{self.directory}'."):
                 old = take_place(self.directory, self.final)
             self.directory = self.final
             if old is not None:
@@ -201,6 +200,10 @@ class RunDirectory:
         if self.checkpoints():
             return f"Run the same command again to go on from the last checkpoint in '{self.final}'"
         return "There is no checkpoint yet: the same command begins anew"
+
+    def is_written(self, what: Path) -> AbstractContextManager[None]:
+        """Turn whatever the disk refuses into a sentence, and what to do."""
+        return writing(what, f"Free some space. {self.kept()}.")
 
     def save(
         self,
@@ -214,9 +217,9 @@ class RunDirectory:
         """Write a checkpoint; older ones are removed when the disk holds it."""
         place = self.directory / CHECKPOINTS / f"step-{progress.step:08}"
         if self.log.exists():
-            with writing(self.log, "The last checkpoint is whole"):
+            with self.is_written(self.log):
                 flush(self.log)  # a checkpoint is not ahead of its log
-        with atomic_directory(place, overwrite=True) as partial:
+        with self.is_written(place), atomic_directory(place, overwrite=True) as partial:
             model.config.save_pretrained(partial)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(partial)
@@ -228,7 +231,10 @@ class RunDirectory:
         for older in self.checkpoints():
             if older.name < place.name:
                 shutil.rmtree(older, ignore_errors=True)
-        write_atomically(self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n")
+        with self.is_written(self.directory / PHASES_FILE):
+            write_atomically(
+                self.directory / PHASES_FILE, json.dumps(progress.phases, indent=1) + "\n"
+            )
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -248,19 +254,14 @@ class RunDirectory:
         return (progress, found[-1]) if found else None
 
     def append_log(self, line: str) -> None:
-        try:
-            with self.log.open("a", encoding="utf-8") as log:
-                log.write(line + "\n")
-        except OSError as error:
-            raise WritingError(
-                f"'{self.log}' could not be written: {refusal(error)}. Free some space. "
-                f"{self.kept()}."
-            ) from error
+        with self.is_written(self.log), self.log.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
 
     def _discard_partials(self) -> None:
         """Remove results that a killed process was writing or moving."""
         for partial in [*self.directory.glob("..result.*"), self.directory / ".result"]:
             shutil.rmtree(partial, ignore_errors=True)
+        tidy(self.directory)
 
     def read_weights(self, checkpoint: Path, model: Any) -> None:
         """Fill `model` with the weights of a checkpoint, one tensor after the other."""

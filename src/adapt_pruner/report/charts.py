@@ -240,11 +240,17 @@ def _cuts(chart: Chart, marks: Sequence[tuple[float, str]], top: float, plot: fl
 
 
 def scatter(
-    name: str, title: str, x_title: str, points: Sequence[Point], description: str
-) -> Markup:
-    """Labelled points; the strong ones are filled."""
+    name: str, title: str, x_title: str, points: Sequence[Point], description: str,
+    *, is_log: bool = False,
+) -> Markup:  # fmt: skip
+    """Labelled points; the strong ones are filled. With `is_log`, equal ratios of y are equal
+    distances, if all are above zero."""
     x_ticks = ticks(min(p.x for p in points), max(p.x for p in points), 4)
-    y_ticks = ticks(min(p.y for p in points), max(p.y for p in points), 4)
+    low, high = min(p.y for p in points), max(p.y for p in points)
+    is_log = is_log and low > 0
+    y_ticks = log_ticks(low, high) if is_log else ticks(low, high, 4)
+    scale = math.log if is_log else float
+    bottom, span = scale(y_ticks[0]), scale(y_ticks[-1]) - scale(y_ticks[0])
     plot, top = 240, 12
     chart = Chart(name, top + plot + 48, title, description)
 
@@ -252,7 +258,7 @@ def scatter(
         return 100 * (value - x_ticks[0]) / ((x_ticks[-1] - x_ticks[0]) or 1)
 
     def y_of(value: float) -> float:
-        return top + plot * (y_ticks[-1] - value) / ((y_ticks[-1] - y_ticks[0]) or 1)
+        return top + plot * (1 - (scale(value) - bottom) / (span or 1))
 
     chart.grid(y_ticks, y_of)
     taken: list[tuple[float, float]] = []
@@ -274,6 +280,23 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
     return [float(tick) for tick in MaxNLocator(about).tick_values(low, high)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Plain numbers from at or below `low` to at or above `high`, as `pictures.use_log_scale`
+    takes them; those of full decades where that is many.
+
+    >>> log_ticks(21.7, 48.0)
+    [20.0, 30.0, 50.0]
+    """
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for steps in ((1, 2, 3, 5), (1,)):
+        marks = [float(f"{step}e{decade}") for decade in decades for step in steps]
+        first = max(i for i, mark in enumerate(marks) if mark <= low)
+        last = next(i for i, mark in enumerate(marks) if mark >= high)
+        if last - first < 10:
+            break
+    return marks[first : last + 1]
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -108,4 +108,7 @@ def _front(study: Study, quality: str, cost: str, id: str) -> Markup:
         for one in study.front[:MOST]
     ]
     said = "; ".join(f"trial {p.label}: {p.x:,.4g}, {figure(p.y)}" for p in points)
-    return charts.scatter(f"{id}-front-{cost}", f"{quality} over {cost}", cost, points, said)
+    return charts.scatter(
+        f"{id}-front-{cost}", f"{quality} over {cost}", cost, points, said,
+        is_log=quality == "perplexity",
+    )  # fmt: skip

@@ -168,5 +168,6 @@ def _overview(sections: Sequence[Section]) -> Markup | None:
         )
     said = "; ".join(f"{p.label}: {p.x:,.0f} parameters, {figure(p.y)}" for p in points.values())
     return charts.scatter(
-        "overview", "Perplexity over parameters", "parameters", list(points.values()), said
-    )
+        "overview", "Perplexity over parameters", "parameters", list(points.values()), said,
+        is_log=True,
+    )  # fmt: skip

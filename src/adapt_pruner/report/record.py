@@ -35,10 +35,10 @@ from ..parsing import parse_json
 from ..result import PRUNING_FILE, Size, StepRecord
 
 RUN_FILE = "run.json"
-MOST_LAYERS = 2_000
+MOST_LAYERS, MOST_PARAMETERS = 2_000, 10**15
 FiniteNumber = Annotated[float, AllowInfNan(False)]
 Speedup = Annotated[float, Gt(0), Le(1e12), AllowInfNan(False)]
-WholeNumber = Annotated[int, Ge(0), Le(10**15)]
+WholeNumber = Annotated[int, Ge(0), Le(MOST_PARAMETERS)]
 TokenCount = Annotated[int, Ge(0), Le(MAX_TOKENS)]
 Widths = Annotated[list[dict[str, Annotated[int, Ge(0), Le(10**9)]]], MaxLen(MOST_LAYERS)]
 LayerNumber = Annotated[int, Ge(0), Lt(MOST_LAYERS)]
@@ -158,8 +158,11 @@ class RunRecord(BaseModel):
 
 def _check_size(size: Size, layers: int) -> None:
     """Raise ValueError for sizes that no model has."""
-    if not 0 <= size.decoder_layers <= size.total or not size.total:
-        raise ValueError("sizes must be positive, and that of the decoder layers a part of all")
+    if not 0 <= size.decoder_layers <= size.total or not 0 < size.total <= MOST_PARAMETERS:
+        raise ValueError(
+            f"sizes must be positive, at most {MOST_PARAMETERS:,}, and that of the decoder layers "
+            "a part of all"
+        )
     if len(size.layers) not in (0, layers) or any(one < 0 for one in size.layers):
         raise ValueError("a size must have a count for each layer")
     if any(one < 0 for one in size.parts.values()) or sum(size.parts.values()) > size.total:
@@ -203,7 +206,7 @@ class _Pruned(BaseModel):
 
 
 class _Edit(BaseModel):
-    axes: dict[Annotated[str, StringConstraints(pattern=r"^-?\d{1,5}/[a-z-]+$")], _Pruned] = {}
+    axes: dict[Annotated[str, StringConstraints(pattern=r"^(-1|\d{1,5})/[a-z-]+$")], _Pruned] = {}
 
 
 class _Pruning(BaseModel):
@@ -220,9 +223,11 @@ def _kept_groups(
     """Layer -> how many KV groups it had, and which of them stayed; nothing if all did."""
     groups = [widths.get("num_key_value_heads", 0) for widths in widths_before]
     found = {layer: (number, list(range(number))) for layer, number in enumerate(groups) if number}
-    edits = edits_of_record(parse(_Pruning, file).model_dump())
+    records = edits_of_record(parse(_Pruning, file).model_dump())
+    edits = _checked(list[_Edit], records, file)
+    _check_layers(edits, len(widths_before), file)
     whole = dict(found)
-    for name, axis in _checked(list[_Edit], edits[:1], file)[0].axes.items() if edits else ():
+    for name, axis in edits[0].axes.items() if edits else ():
         place, _, kind = name.partition("/")
         layer = int(place)
         if kind == KV_GROUPS:
@@ -230,6 +235,16 @@ def _kept_groups(
         elif kind in (ATTENTION, LAYERS) and layer in found:
             found[layer] = (found[layer][0], [])
     return {} if found == whole else found
+
+
+def _check_layers(edits: list[_Edit], count: int, file: Path) -> None:
+    """Raise LoadingError if an edit is of a layer that the model did not have."""
+    named = [int(name.partition("/")[0]) for edit in edits for name in edit.axes]
+    if beyond := [layer for layer in named if layer >= count]:
+        raise LoadingError(
+            f"'{file}' tells of layer {beyond[0]}, but by {RUN_FILE} there are {count}: the files "
+            "are not of the same run. Restore them."
+        )
 
 
 @dataclass
@@ -278,11 +293,6 @@ def read_run(directory: str | Path, name: str | None = None) -> StoredRun:
     check_sizes(str(directory), config)
     record = parse(RunRecord, directory / RUN_FILE)
     groups = _kept_groups(pruning, record.widths_before) if pruning.is_file() else {}
-    if beyond := [layer for layer in groups if layer >= len(record.widths_before)]:
-        raise LoadingError(
-            f"'{pruning}' tells of layer {beyond[0]}, but by {RUN_FILE} there are "
-            f"{len(record.widths_before)}: the files are not of the same run. Restore them."
-        )
     return StoredRun(
         directory=directory,
         name=name or directory.resolve().name,
@@ -319,8 +329,9 @@ def _training_log(file: Path) -> list[TrainingStep]:
             if number == len(lines):  # a training that was stopped may leave half a line
                 break
             raise LoadingError(
-                f"Line {number} of '{file}' is no training step: {shown(line)}"
-            ) from (error)
+                f"Line {number} of '{file}' is no training step: {shown(line)}. Restore the file, "
+                "or remove it."
+            ) from error
     return [step for step in steps if isfinite(step.loss)]
 
 

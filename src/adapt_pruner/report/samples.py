@@ -12,6 +12,7 @@ import torch
 
 from ..errors import AdaptPrunerError, InvalidSettings, shown
 from ..evaluation import compare_speed
+from ..evaluation.speed import longest_of
 from ..model.loading import load_model, load_tokenizer
 from .facts import Extras, WrittenSample, dense_model
 from .record import StoredRun
@@ -75,7 +76,7 @@ def _not_named(run: StoredRun) -> str:
 
 def _encode(prompt: str, tokenizer: Any, model: Any, wanted: Wanted) -> torch.Tensor:
     ids_1T = tokenizer(prompt, return_tensors="pt")["input_ids"].long()
-    longest = getattr(model.config, "max_position_embeddings", None) or 10**9
+    longest = longest_of(model.config)
     if not prompt.strip() or not ids_1T.numel():
         raise InvalidSettings(f"A prompt needs text to go on from; got {shown(prompt)}.")
     if ids_1T.shape[1] + wanted.max_new_tokens > longest:

@@ -86,6 +86,11 @@ def make_space(
     space: Space = {}
     is_ours = isinstance(settings, AdaPrunerSettings)
     if is_ours and search.over in ("both", "samples"):
+        if search.groups > settings.pool:
+            raise InvalidSettings(
+                f"groups: a pool of {settings.pool:,} samples has at most so many groups; got "
+                f"{search.groups:,}."
+            )
         space.update({f"group {i}": Range(0.0, 1.0) for i in range(search.groups)})
         space["draw"] = Choices(tuple(range(search.draws)))
     if is_ours and search.over in ("both", "importance"):

@@ -17,6 +17,7 @@ from ..errors import (
     InvalidSettings,
     MissingExtra,
 )
+from ..evaluation.speed import fitting_prompt
 from ..goal import Goal
 from ..methods import build_settings, make_settings
 from ..model.anatomy import find_anatomy
@@ -109,6 +110,8 @@ def run_search(
     target = make_plan(empty, request.settings, _smallest(request, space)).target
     if "bytes" in request.search.costs and request.search.quantize:
         Goal(bytes=1, quantize=request.search.quantize).resource(object())  # is there such a type?
+    if "latency" in request.search.costs:
+        fitting_prompt([empty], request.search.prompt_tokens, request.search.new_tokens)
     texts = read_texts(request)
     place = Place(output, request.search.storage)
     place.check(
