@@ -22,7 +22,7 @@ from step_cost import WINDOW, build, calibration_for, now
 
 from adapt_pruner.methods import Work, make_settings, method_named
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.report.account import versions
+from adapt_pruner.report.account import versions_used
 from adapt_pruner.score.collect import MICRO_BATCH_TOKENS
 from adapt_pruner.score.head import hidden_states
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     record: dict = {
-        "versions": versions(), "size": arguments.size, "tokens": arguments.windows * WINDOW,
+        "versions": versions_used(), "size": arguments.size, "tokens": arguments.windows * WINDOW,
         "threads": torch.get_num_threads(), "variants": {},
     }  # fmt: skip
     print("| method | passes | run / passes | eigen-decompositions / passes |")

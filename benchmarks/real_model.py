@@ -195,7 +195,7 @@ def main(argv: list[str]) -> None:
         arguments.cell.write_text(json.dumps({**cell, **measure_cell(cell, arguments)}))
         return
     from adapt_pruner.durable import replace_file
-    from adapt_pruner.report.account import versions
+    from adapt_pruner.report.account import versions_used
 
     done = json.loads(arguments.output.read_text())["cells"] if arguments.output.is_file() else []
     for cell in cells_of(arguments):
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
             continue
         if (measured := run_cell(cell, argv)) is None:
             continue
-        done.append({**measured, "protocol": protocol, "versions": versions()})
+        done.append({**measured, "protocol": protocol, "versions": versions_used()})
         new = arguments.output.with_suffix(".new")
         new.write_text(json.dumps({"model": Path(arguments.model).name, "cells": done}, indent=1))
         replace_file(new, arguments.output)

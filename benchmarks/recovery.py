@@ -24,7 +24,7 @@ from adapt_pruner.methods import make_settings
 from adapt_pruner.recovery.accel import run_accel
 from adapt_pruner.recovery.request import AccelRequest
 from adapt_pruner.recovery.settings import make_recovery_settings
-from adapt_pruner.report.account import versions
+from adapt_pruner.report.account import versions_used
 from adapt_pruner.report.pictures import ACCENT, AFTER, make_figure
 from adapt_pruner.run import evaluation_texts
 
@@ -73,7 +73,8 @@ def main() -> None:
                 continue
             cell = run(arguments, VARIANTS[name], seed, measure)
             print(key, cell, flush=True)
-            results = {"versions": versions(), "cells": read_cells(arguments.json) | {key: cell}}
+            cells = read_cells(arguments.json) | {key: cell}
+            results = {"versions": versions_used(), "cells": cells}
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     report(read_cells(arguments.json), arguments)
     if arguments.picture:

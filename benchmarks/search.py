@@ -28,7 +28,7 @@ from adapt_pruner.allocate.target import resolve_target
 from adapt_pruner.data.overlap import Overlap
 from adapt_pruner.evaluation import evaluation_texts
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.report.account import versions
+from adapt_pruner.report.account import versions_used
 from adapt_pruner.report.pictures import ACCENT, AFTER, make_figure, save_figure
 from adapt_pruner.run import Request, make_result
 from adapt_pruner.searching.measuring import Validation
@@ -114,7 +114,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
         cell = make()
         cell["cpu_seconds"] = round(time.process_time() - began, 1)
         print(key, {k: v for k, v in cell.items() if k != "trials"}, flush=True)
-        stored = read(arguments.json) | {"versions": versions()}
+        stored = read(arguments.json) | {"versions": versions_used()}
         stored["cells"][key] = cell
         arguments.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from adapt_pruner.data import CalibrationData
 from adapt_pruner.methods import METHODS, Work, make_settings
 from adapt_pruner.model.anatomy import find_anatomy
-from adapt_pruner.report.account import versions
+from adapt_pruner.report.account import versions_used
 from adapt_pruner.score.observers import matrices
 
 SHAPES = {  # hidden size, MLP width, layers, query heads, KV heads
@@ -241,7 +241,7 @@ def main() -> None:
         return
     sizes, variants = arguments.sizes.split(","), arguments.variants.split(",")
     device, dtype = arguments.device, arguments.dtype
-    results: dict = {"versions": versions(), "device": device, "dtype": dtype,
+    results: dict = {"versions": versions_used(), "device": device, "dtype": dtype,
                      "threads": torch.get_num_threads(), "time": [], "memory": []}  # fmt: skip
 
     def save() -> None:

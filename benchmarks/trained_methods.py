@@ -22,7 +22,7 @@ from recovery import read_cells, run
 from adapt_pruner import load_model, load_tokenizer, perplexity
 from adapt_pruner.errors import AdaptPrunerError
 from adapt_pruner.methods import make_settings
-from adapt_pruner.report.account import versions
+from adapt_pruner.report.account import versions_used
 from adapt_pruner.run import evaluation_texts
 
 STEPS = {"sequence_length": 256, "batch_tokens": 256}
@@ -98,7 +98,8 @@ def main() -> None:
             except AdaptPrunerError as error:
                 cell = {"error": str(error)}
             print(key, cell, flush=True)
-            results = {"versions": versions(), "cells": read_cells(arguments.json) | {key: cell}}
+            cells = read_cells(arguments.json) | {key: cell}
+            results = {"versions": versions_used(), "cells": cells}
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     report(read_cells(arguments.json), arguments, list(rows))
 

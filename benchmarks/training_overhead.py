@@ -30,7 +30,7 @@ from adapt_pruner.recovery.run import Run
 from adapt_pruner.recovery.settings import make_recovery_settings
 from adapt_pruner.recovery.state import RunDirectory
 from adapt_pruner.recovery.training import SpikeGuard, training
-from adapt_pruner.report.account import versions
+from adapt_pruner.report.account import versions_used
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def measure(request: AccelRequest, directory: Path, arguments) -> dict:
     ratios = [b / o for o, b in zip(ours, bares, strict=True)]
     tokens = arguments.steps * arguments.batch_tokens
     return {
-        "versions": versions(),
+        "versions": versions_used(),
         "tokens_per_second": tokens / statistics.median(ours),
         "bare_tokens_per_second": tokens / statistics.median(bares),
         "ours_over_bare": statistics.median(ratios),

@@ -18,7 +18,7 @@ import numpy as np
 import xllamacpp  # noqa: F401  (tests skip themselves where it is missing)
 
 from adapt_pruner.evaluation import llama_cpp
-from adapt_pruner.evaluation.llama_cpp import Parameters, library
+from adapt_pruner.evaluation.llama_cpp import ParameterBlock, library
 
 _LIBRARY = library()
 
@@ -48,11 +48,11 @@ def quantise_chunk(kind: int, rows: np.ndarray, num_bytes: int) -> bytes:
     return out.tobytes()
 
 
-def _in_one_step(parameters: Parameters) -> None:
+def _in_one_step(parameters: ParameterBlock) -> None:
     parameters.n_ubatch = parameters.n_batch
 
 
-def _in_float32(parameters: Parameters) -> None:
+def _in_float32(parameters: ParameterBlock) -> None:
     """Set three fields, found by what stands around them: "automatic" for fused attention is the
     last of four -1; the two types follow two empty pointers."""
     _in_one_step(parameters)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from adapt_pruner import prune
+from adapt_pruner import latency, prune
 from adapt_pruner.errors import AdaptPrunerError, InvalidSettings, InvalidTarget
 from adapt_pruner.goal import Goal
-from adapt_pruner.latency import Latency, engines, measuring, read_table, write_table
+from adapt_pruner.latency import Latency, LatencyTable, engines, measuring, read_table, write_table
 from adapt_pruner.latency.engines import LlamaCppEngine, TorchEngine
 from adapt_pruner.latency.measuring import circumstances_of, measure_times, measured_speedup
 from adapt_pruner.model.anatomy import find_anatomy
@@ -57,7 +57,8 @@ class TestPrune:
         assert (result.target, result.reached <= 5000) == (5000, True)
         said = result.target_record()["target"]
         assert said == {"limits": "ns per token in decode", "most": 5000, "reached": result.reached}
-        assert result.resource.goal(5000)["latency"] == "0.005000ms"
+        again = result.resource.goal(5000)
+        assert (again["latency"], again["latency_table"]) == ("0.005ms", str(times))
 
     @pytest.mark.parametrize(
         ("values", "kind", "message"),
@@ -75,7 +76,8 @@ class TestPrune:
             ),
             ({"speedup": 1.2, "context": 64}, InvalidSettings, "context: .* is of 32; got 64"),
             ({"speedup": 1.2, "engine": "torhc"}, InvalidSettings, "engine"),
-            ({"sparsity": 0.2}, InvalidSettings, "latency_table: says of what time"),
+            ({"sparsity": 0.2}, InvalidSettings, "latency_table: belongs to --speedup"),
+            ({"bytes": 10**6}, InvalidSettings, "latency_table: belongs to --speedup"),
             ({"speedup": 1.2, "cut": ("neurons", "hidden")}, InvalidTarget, "one hidden size"),
             ({"speedup": 1.2, "method": "slicegpt"}, InvalidTarget, "take another method"),
             ({"speedup": 1.2, "multiple": "auto"}, InvalidSettings, "auto needs the odd_widths_ns"),
@@ -106,6 +108,19 @@ class TestPrune:
                        calibration=CALIBRATION)  # fmt: skip
         assert result.settings.multiple == 16
         assert all(of["intermediate_size"] % 16 == 0 for of in result.widths_after)
+        other = prune(llama(), sparsity=0.2, latency_table=tmp_path / "a.json", multiple="auto",
+                      calibration=CALIBRATION)  # fmt: skip
+        assert (other.settings.multiple, other.sparsity >= 0.2) == (16, True)
+
+    def test_a_failed_measurement_costs_no_result(self, times, monkeypatch):
+        def fails(*args):
+            raise RuntimeError("no memory")
+
+        goal = Goal(speedup=1.2, latency_table=times)
+        result = prune(llama(), speedup=1.2, latency_table=times, calibration=CALIBRATION)
+        monkeypatch.setattr(LatencyTable, "is_of", lambda table, engine: True)
+        monkeypatch.setattr(latency, "measured_speedup", fails)
+        assert goal.timing(llama(), result, None) is None
 
 
 class TestMeasuring:
@@ -217,7 +232,9 @@ class TestCommand:
         done = cli("prune", "--recipe", tmp_path / "a.yaml", "-o", tmp_path / "out")
         assert (done.status, done.err) == (0, "")
         assert "target 1,000,000 ns per token in decode (1.20 times as fast)" in done.out
-        assert recipe_of(tmp_path / "out")["latency"] == "1.000000ms"
+        assert recipe_of(tmp_path / "out")["latency"] == "1ms"
+        done = cli("prune", "--recipe", tmp_path / "a.yaml", "--sparsity", 0.2, "--dry-run")
+        assert (done.status, done.err) == (0, "")
 
     def test_the_plan_counts_in_time(self, cli, of_demo):
         done = cli("prune", "demo", "--speedup", "1.2,1.4", "--latency-table", of_demo, "--dry-run")
@@ -233,7 +250,7 @@ class TestCommand:
             (("--latency", "12"), "expected a time with its unit, such as 12ms"),
             (("--speedup", "1.2", "--engine", "llamacpp"), "Did you mean 'llama.cpp'"),
             (("--speedup", "1.2", "--multiple", "autp"), "'autp' is not a valid integer"),
-            (("--sparsity", "0.2", "--stage", "decode"), "says of what time"),
+            (("--sparsity", "0.2", "--stage", "decode"), "belongs to --speedup"),
         ],
     )
     def test_refusals(self, cli, of_demo, tmp_path, options, message):

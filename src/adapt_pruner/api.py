@@ -78,12 +78,12 @@ def prune(
     goal = Goal(sparsity=sparsity, params=params, **_pop_aims(options))
     if settings is not None and options:
         raise InvalidSettings(f"Give `settings` or single ones, not both; got {sorted(options)}.")
-    is_auto = options.get("multiple") == AUTO
     settings = settings or make_settings(preset, **_with_a_number(options))
     _check_in_memory(model)
     here = settings if group is None else None  # several processes would measure several times
-    if is_auto:
-        settings = with_multiple(settings, goal.times(model, here, tokenizer, with_odd=True))
+    if options.get("multiple") == AUTO:
+        times = goal.times(model, here, tokenizer, with_odd=True)
+        goal, settings = goal.without_circumstances(), with_multiple(settings, times)
     anatomy = find_anatomy(model, goal.resource(tokenizer, model, here))
     work = _work(anatomy, goal, tokenizer, calibration, settings, group)
     return next(prune_to_sizes(work, tokenizer, listener))

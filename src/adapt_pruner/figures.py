@@ -62,6 +62,15 @@ def promise(timing: Mapping[str, Any]) -> str:
     )
 
 
+def in_ms(milliseconds: float) -> str:
+    """A time as recipes have it, to the nanosecond.
+
+    >>> in_ms(12), in_ms(0.0050004)
+    ('12ms', '0.005ms')
+    """
+    return f"{milliseconds:.6f}".rstrip("0").rstrip(".") + "ms"
+
+
 def in_bytes(count: float) -> str:
     """Bytes as people write them: 1.82 GB.
 

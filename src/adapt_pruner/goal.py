@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Self
+
 from .errors import AdaptPrunerError, InvalidSettings, InvalidTarget
+from .figures import in_ms
 from .methods import target_of
 from .model.anatomy import Anatomy, find_anatomy
 from .model.loading import resolve_device
@@ -65,7 +68,7 @@ class Goal:
     def said(self) -> dict[str, Any]:
         """The same as recipes hold them."""
         latency = self.targets.get("latency")
-        of_time = {} if latency is None else {"latency": f"{latency * 1e3:.6f}ms"}
+        of_time = {} if latency is None else {"latency": in_ms(latency * 1e3)}
         return {**self.targets, **of_time}
 
     @property
@@ -102,6 +105,11 @@ class Goal:
             MissingExtra: if files of the kind asked for need a package that is not installed.
         """
         self._check_once()
+        if self.circumstances and not self.is_of_time:
+            raise InvalidSettings(
+                f"{next(iter(self.circumstances))}: belongs to --speedup and --latency; give one of "
+                "them, or leave it out."
+            )
         if self.bytes is not None:
             from .export import FileBytes
 
@@ -110,12 +118,8 @@ class Goal:
             from .latency import Latency
 
             table = self.times(model, settings, tokenizer)
-            return Latency(table, None if model is None else find_anatomy(model))
-        if self.circumstances:
-            raise InvalidSettings(
-                f"{next(iter(self.circumstances))}: says of what time --speedup and --latency are "
-                "meant; give one of them, or leave it out."
-            )
+            dense = None if model is None else find_anatomy(model)
+            return Latency(table, dense, self.latency_table)
         return CacheBytes() if self.kv_bytes is not None else PARAMETERS
 
     def times(
@@ -136,6 +140,8 @@ class Goal:
         if self.latency_table is not None:
             file = Path(self.latency_table)
             table = read_table(file)
+            if self.quantize is not None and table.engine == "llama.cpp":
+                asked["dtype"] = self.quantize
             table.check_asked(asked, file)
             return table
         if model is None or settings is None:
@@ -163,8 +169,21 @@ class Goal:
             given = " and ".join(self.targets)
             raise InvalidTarget(f"Give the target once: {EXAMPLES}; got {given}.")
 
+    def without_circumstances(self) -> Self:
+        """The same without what only a target in time needs: times of `multiple="auto"` are known
+        by now."""
+        if self.is_of_time:
+            return self
+        gone = dict.fromkeys(CIRCUMSTANCES)
+        return replace(self, **gone, quantize=self.quantize if self.bytes is not None else None)
+
     def _engine(
-        self, how: LatencySettings, model: Any, settings: PruneSettings, tokenizer: Any
+        self,
+        how: LatencySettings,
+        model: Any,
+        settings: PruneSettings,
+        tokenizer: Any,
+        quantize: str | None = None,
     ) -> Engine:
         """What times are measured with."""
         from .latency.engines import make_engine
@@ -174,7 +193,7 @@ class Goal:
             model,
             dtype=written_dtype(settings, model),
             device=resolve_device(settings.device),
-            quantize=self.quantize or "F16",
+            quantize=quantize or self.quantize or "F16",
             tokenizer=tokenizer,
         )
 
@@ -194,18 +213,20 @@ class Goal:
         table = latency.table
         try:
             how = make_latency_settings(**{name: getattr(table, name) for name in OF_TABLES})
-            engine = self._engine(how, dense, result.settings, tokenizer)
+            stored = table.dtype if table.engine == "llama.cpp" else None
+            engine = self._engine(how, dense, result.settings, tokenizer, stored)
             if not table.is_of(engine):
                 return None
             return measured_speedup(dense, result.model, latency, engine).as_dict()
-        except AdaptPrunerError:  # an engine that is not here
-            return None
+        except (AdaptPrunerError, RuntimeError, MemoryError, OSError):
+            return None  # no such engine here, or no room for both: the result counts more
 
     def check_quantize(self) -> None:
         """Raise InvalidSettings if `quantize` says how to store a file that is not asked for."""
         if self.quantize is not None and not self.is_of_file:
             raise InvalidSettings(
-                f"quantize: says of what file `bytes` are meant; got {self.quantize} without bytes."
+                f"quantize: says of what file `bytes` are meant; got {self.quantize} without bytes "
+                "or engine llama.cpp."
             )
 
     def target(self, settings: PruneSettings, anatomy: Anatomy) -> int:

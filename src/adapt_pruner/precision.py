@@ -84,6 +84,6 @@ def multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
-        known = torch.cpu.get_capabilities()
+        known = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older versions
         return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     return False

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from ..errors import InvalidSettings, near_match, shown
 from ..figures import in_bytes, short
 from ..files import read_yaml
-from ..goal import TARGETS
+from ..goal import CIRCUMSTANCES, TARGETS
 from ..methods import DEFAULT_METHOD, METHODS, Method, make_settings, method_named, settings_fields
 from ..settings import LatencySettings, OneOf, PruneSettings
 from .parameters import (
@@ -193,6 +193,8 @@ def own_values(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     values = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
     if any(flags.get(name) is not None for name in TARGETS):
         values |= {name: flags[name] for name in TARGETS if name in flags}
+        if flags.get("speedup") is None and flags.get("latency") is None:
+            values |= {name: flags[name] for name in CIRCUMSTANCES if name in flags}
     for name, kind in _COUNTS.items():
         if (value := values.get(name)) is not None:
             try:

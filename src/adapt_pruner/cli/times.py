@@ -1,4 +1,4 @@
-"""What commands show of targets in time."""
+"""Times that commands measure before a run, and what they show of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def with_times(
     settings = with_multiple(first.settings, table)
     if not quiet:
         click.echo(f"multiple {settings.multiple}, by times of {table.circumstances}")
-    return {name: replace(request, settings=settings) for name, request in requests.items()}
+    bare = {name: request.without_circumstances() for name, request in requests.items()}
+    return {name: replace(request, settings=settings) for name, request in bare.items()}
 
 
 def _check(output: Path, overwrite: bool) -> None:

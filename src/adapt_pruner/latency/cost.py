@@ -7,6 +7,7 @@ that save no time then drop out in `allocate.chains`, as rows that save no bytes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidTarget
+from ..figures import in_ms
 from ..model.anatomy import Anatomy
 from ..model.axes import (
     ATTENTION,
@@ -35,16 +37,19 @@ SizesOfAxes = Mapping[AxisKey, Any]
 class Latency:
     """Time per token of a decoding step, or per prompt of a prefill, as a table has it."""
 
-    def __init__(self, table: LatencyTable, dense: Anatomy | None = None):
+    def __init__(
+        self, table: LatencyTable, dense: Anatomy | None = None, file: Path | str | None = None
+    ):
         """
         Args:
             dense: of the model that speed-ups are over.
+            file: where the table comes from, if it was named; recipes name it again.
 
         Raises:
             InvalidSettings: if the table is of another model.
             InvalidTarget: if times of such models cannot be told apart.
         """
-        self.table = table
+        self.table, self.file = table, file
         self.name = f"ns per {table.unit}"
         self.whole = self.of(dense).total({}) if dense else None
 
@@ -59,7 +64,8 @@ class Latency:
         table = self.table
         of_file = {"quantize": table.dtype} if table.engine == "llama.cpp" else {}
         asked = {name: getattr(table, name) for name in ASKED_OF_TABLES}
-        return {"latency": f"{amount / 1e6:.6f}ms", **asked, **of_file}
+        table_of = {} if self.file is None else {"latency_table": str(self.file)}
+        return {"latency": in_ms(amount / 1e6), **asked, **of_file, **table_of}
 
 
 ASKED_OF_TABLES = ("stage", "batch_size", "context", "engine")

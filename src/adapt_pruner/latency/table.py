@@ -9,6 +9,7 @@ straight lines, and below the smallest width nothing more is saved.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -104,9 +105,10 @@ class LatencyTable(BaseModel):
         """All that a time hangs on, in words."""
         tokens = "tokens in the cache" if self.stage == "decode" else "tokens of a prompt"
         threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        kind = re.sub(r" in \S+$", "", self.machine)  # its name is nobody's business
         return (
             f"{self.stage}, {self.engine} {self.dtype}, batch {self.batch_size}, {self.context:,} "
-            f"{tokens}{threads}, {self.machine}"
+            f"{tokens}{threads}, {kind}"
         )
 
     def is_of(self, engine: Any) -> bool:

@@ -49,6 +49,8 @@ import {module} as _modeling
 {sources}
 
 
+_alter_layer = alter_layer  # the package imports it late, under this name
+
 extend_layer_class("{layer}", "{attention}", {sublayers}, _modeling)
 {slicing}
 {classes}{renaming}'''

@@ -21,14 +21,7 @@ from typing_extensions import TypedDict
 from ..api import edits_of_record
 from ..errors import LoadingError, shortened, shown
 from ..files import MAX_JSON_BYTES, read_bytes, read_json
-from ..limits import (
-    MAX_TOKENS,
-    Documents,
-    NumTokens,
-    Share,
-    Width,
-    message_of,
-)
+from ..limits import MAX_TOKENS, Documents, NumTokens, Share, Width, message_of
 from ..model.axes import ATTENTION, KV_GROUPS, LAYERS
 from ..model.checks import check_sizes
 from ..parsing import parse_json
@@ -102,8 +95,7 @@ class RunRecord(BaseModel):
     settings: dict[str, Any]
     widths_before: Widths
     widths_after: Widths
-    layers_left: Annotated[list[LayerNumber], MaxLen(MOST_LAYERS)] | None = None
-    """Original numbers of the decoder layers that are left; None: all of them."""
+    layers_left: Annotated[list[LayerNumber], MaxLen(MOST_LAYERS)] | None = None  # None: all
     steps: Annotated[list[StepRecord], MaxLen(100_000)] = []
     seconds: Annotated[FiniteNumber, Ge(0)]
     measurements: dict[str, Pair] = {}
@@ -126,10 +118,9 @@ class RunRecord(BaseModel):
             _check_size(size, layers)
         for step in self.steps:
             figures = [step.loss, *step.layer_importance, *step.layer_distance]
-            if len(step.layer_importance) > count or not all(map(isfinite, figures)):
-                raise ValueError("a step must have a finite importance for each layer")
-            if step.parameters < 1:
-                raise ValueError("a step must leave parameters")
+            too_many = len(step.layer_importance) > count
+            if too_many or step.parameters < 1 or not all(map(isfinite, figures)):
+                raise ValueError("a step must leave parameters, and has finite figures per layer")
         return self
 
     @property

@@ -83,10 +83,7 @@ class Bench:
         samples = list(chosen_samples(settings, len(pool)))
         terms: dict[str, Any] = dict(pool.terms(samples))
         if settings.alpha_fine * settings.factor_first:
-            windows_BT, how = (
-                pool.windows_PT[samples],
-                pass_of(settings, self.samples.compute_dtype),
-            )
+            windows_BT, how = pool.windows_PT[samples], self._how(settings)
             terms["first"] = first_order(self.model, self.anatomy, axes, windows_BT, how)
         else:
             terms["first"] = terms["coarse"]  # which counts for nothing
