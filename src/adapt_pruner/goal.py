@@ -107,8 +107,8 @@ class Goal:
         self._check_once()
         if self.circumstances and not self.is_of_time:
             raise InvalidSettings(
-                f"{next(iter(self.circumstances))}: belongs to --speedup and --latency; give one of "
-                "them, or leave it out."
+                f"{next(iter(self.circumstances))}: belongs to --speedup and --latency; give one "
+                "of them, or leave it out."
             )
         if self.bytes is not None:
             from .export import FileBytes
