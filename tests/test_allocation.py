@@ -248,7 +248,9 @@ def test_a_target_below_what_is_possible_is_refused():
     # At least one neuron and one KV group stay: 9 * 40 + 3 * 100 = 660 can go.
     toy = ToyAnatomy(ANATOMY.axes, 1000, 800)
     check_reachable(toy, 340, Limits())
-    with pytest.raises(InvalidTarget, match=r"339 .* has 340 \(sparsity 0\.8250\), of which 200 "):
+    with pytest.raises(
+        InvalidTarget, match=r"339 .* has 340 parameters \(sparsity 0\.8250\), of which 200 "
+    ):
         check_reachable(toy, 339, Limits())
     check_reachable(toy, 640, Limits(kinds=frozenset({"neurons"})))
     with pytest.raises(InvalidTarget, match="below what is possible"):

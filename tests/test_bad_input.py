@@ -31,7 +31,7 @@ class TestTarget:
         )
 
     def test_params_below_what_is_possible(self, refuse):
-        says = ("1,000 parameters is below what is possible", "27,110", "16,448", "larger target")
+        says = ("1,000 parameters is below what is possible", "27,110", "16,448", "milder target")
         refuse(target=("--params", "1K"), says=says)
 
     @pytest.mark.parametrize("value", ["abc", "0", "-5", "1.5", "nan", "inf", "M", "3X"])

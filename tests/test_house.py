@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import adapt_pruner
 
 SOURCE = Path(adapt_pruner.__file__).parent
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*SOURCE.rglob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
+BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
+FILES = sorted([*SOURCE.rglob("*.py"), *ROOT.glob("tests/*.py"), *BENCHMARKS])
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 50
 MOST_POSITIONAL = 6
@@ -80,3 +83,12 @@ def test_what_is_too_long_is_found():
     assert unnamed(ast.parse("a.b(1, 2, 3, 4, 5, 6, 7)\nc(1, 2, 3, 4, 5, *rest, d=7)")) == [
         "a.b in line 1"
     ]
+
+
+@pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.stem)
+def test_benchmarks_import_what_there_is(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("adapt_pruner"):
+            module = import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert [name for name in missing if not find_spec(f"{node.module}.{name}")] == []
