@@ -64,7 +64,8 @@ def names_of(tree: ast.Module) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {name.id for name in targets if isinstance(name, ast.Name)}
+            each = [part for target in targets for part in getattr(target, "elts", [target])]
+            found |= {name.id for name in each if isinstance(name, ast.Name)}
     return {name for name in found if not name.startswith("_")}
 
 

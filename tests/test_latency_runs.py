@@ -120,7 +120,8 @@ class TestPrune:
         result = prune(llama(), speedup=1.2, latency_table=times, calibration=CALIBRATION)
         monkeypatch.setattr(LatencyTable, "is_of", lambda table, engine: True)
         monkeypatch.setattr(latency, "measured_speedup", fails)
-        assert goal.timing(llama(), result, None) is None
+        goal.time_result(llama(), result, None)
+        assert (result.timing, result.untimed) == (None, "no memory")
 
 
 class TestMeasuring:
@@ -214,7 +215,7 @@ class TestCommand:
         dense = 1000 + 8 * (100 + 90_000 + 60_000)
         target = int(dense / 1.3)
         assert f"target {target:,} ns per token in decode" in done.out
-        assert "measured" not in done.out  # the table is of a phone
+        assert "The result was not timed: the table is of another machine." in done.out
         said = read(first / "run.json")["target"]
         assert said["most"] == target
         assert said["reached"] <= target
@@ -249,7 +250,7 @@ class TestCommand:
             (("--speedup", "fast"), "'fast' is not a valid float"),
             (("--latency", "12"), "expected a time with its unit, such as 12ms"),
             (("--speedup", "1.2", "--engine", "llamacpp"), "Did you mean 'llama.cpp'"),
-            (("--speedup", "1.2", "--multiple", "autp"), "'autp' is not a valid integer"),
+            (("--speedup", "1.2", "--multiple", "autp"), "expected a number or auto; got 'autp'"),
             (("--sparsity", "0.2", "--stage", "decode"), "belongs to --speedup"),
         ],
     )
@@ -270,6 +271,7 @@ class TestCommand:
             (("--stage", "decode"), "--stage is about a table of times"),
             (("--latency-table", file, "--quantize", "Q8_0"), "add --engine llama.cpp"),
             (("--latency-table", file, "--context", 60), "context: the model reads at most 64"),
+            (("--latency-table", file, "--new-tokens", 8), "--new-tokens is not about a table"),
         ):
             done = cli("bench", llama, *options)
             assert message in done.err

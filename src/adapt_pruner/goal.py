@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from .errors import AdaptPrunerError, InvalidSettings, InvalidTarget
+from .errors import AdaptPrunerError, InvalidSettings, InvalidTarget, shortened
 from .figures import in_ms
 from .methods import target_of
 from .model.anatomy import Anatomy, find_anatomy
@@ -197,15 +197,15 @@ class Goal:
             tokenizer=tokenizer,
         )
 
-    def timing(self, dense: Any, result: PruningResult, tokenizer: Any) -> dict[str, Any] | None:
-        """What has come of a target in time; None if there is none, or its table is of another
-        machine.
+    def time_result(self, dense: Any, result: PruningResult, tokenizer: Any) -> None:
+        """Let a result say what came of a target in time, or why that was not measured: it counts
+        for more than its time.
 
         Args:
             dense: the model before; only its configuration counts.
         """
         if not self.is_of_time:
-            return None
+            return
         from .latency import Latency, measured_speedup
 
         latency = result.resource
@@ -216,10 +216,11 @@ class Goal:
             stored = table.dtype if table.engine == "llama.cpp" else None
             engine = self._engine(how, dense, result.settings, tokenizer, stored)
             if not table.is_of(engine):
-                return None
-            return measured_speedup(dense, result.model, latency, engine).as_dict()
-        except (AdaptPrunerError, RuntimeError, MemoryError, OSError):
-            return None  # no such engine here, or no room for both: the result counts more
+                result.untimed = "the table is of another machine"
+                return
+            result.timing = measured_speedup(dense, result.model, latency, engine).as_dict()
+        except (AdaptPrunerError, RuntimeError, MemoryError, OSError) as error:
+            result.untimed = shortened(str(error) or type(error).__name__, 300)
 
     def check_quantize(self) -> None:
         """Raise InvalidSettings if `quantize` says how to store a file that is not asked for."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
 
-from .errors import InvalidSettings, shown
+from .errors import InvalidSettings, shortened, shown
 
 MAX_SEED = 2**32 - 1
 """The largest that torch, numpy and Python's random all take."""
@@ -106,6 +106,13 @@ def checked_value(kind: type[T], name: str, value: Any) -> T:
 def about(name: str, problem: Any) -> str:
     """One sentence about a value that pydantic refuses."""
     return f"{name}: {message_of(problem)}; got {shown(problem['input'])}."
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where in a file something is wrong, and what: "steps.3.loss: Input should be ..."."""
+    problem = error.errors()[0]
+    place = shortened(".".join(map(str, problem["loc"]))) or "its content"
+    return f"{place}: {message_of(problem)}"
 
 
 def message_of(problem: Any) -> str:

@@ -108,6 +108,8 @@ class PruningResult:
     """The record of an earlier pruning of the same model, if it had one."""
     timing: dict[str, Any] | None = None
     """What came of a target in time when it was measured: `latency.Measured`."""
+    untimed: str = ""
+    """Why that was not measured."""
     training: dict[str, Any] | None = None
     """The account of recovery training, if there was any."""
 

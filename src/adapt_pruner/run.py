@@ -21,8 +21,7 @@ from .goal import Goal
 from .methods import Work, method_named
 from .model.loading import EMBEDDED_MODEL, empty_model, load_model, load_tokenizer, resolve_device
 from .plan import Plan, make_plan
-from .precision import stored_dtype as stored_dtype
-from .precision import written_dtype as written_dtype
+from .precision import stored_dtype, written_dtype
 from .result import PruningResult
 from .settings import PruneSettings
 
@@ -199,7 +198,7 @@ def _prune(
             }
             if request.evaluate:
                 result.protocol = protocol(request.evaluate)
-            result.timing = request.timing(empty, result, tokenizer)
+            request.time_result(empty, result, tokenizer)
             yield i, result
 
 

@@ -255,7 +255,7 @@ class BenchSettings(BaseModel):
 
 
 class LatencySettings(BaseModel):
-    """Of what a target in time is meant."""
+    """What the time of a target is measured on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

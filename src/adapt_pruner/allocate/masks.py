@@ -31,7 +31,7 @@ LOWEST, HIGHEST, TEMPERATURE = -0.1, 1.1, 2 / 3
 """Where the concrete distribution is stretched to, and how soft it is."""
 AS_TRAINED = 0.8
 """The published code's factor for masks that are not random."""
-SMALLEST, LARGEST = math.log(1e-2), math.log(1e2)
+SMALLEST_LOG, LARGEST_LOG = math.log(1e-2), math.log(1e2)
 """Bounds of log alpha."""
 START, SPREAD = 5.0, 0.01
 """Mean and standard deviation that log alpha begins with, before the bounds."""
@@ -118,7 +118,7 @@ class Masks(nn.Module):
         """New masks: a forward pass does it first of all."""
         with torch.no_grad():
             for log_alpha_RS in self.log_alpha.values():
-                log_alpha_RS.clamp_(SMALLEST, LARGEST)
+                log_alpha_RS.clamp_(SMALLEST_LOG, LARGEST_LOG)
         if not self.training:
             self._current = self.final()
             return
@@ -170,7 +170,7 @@ class Masks(nn.Module):
         """By kind: (R,) share of each row that is expected to be at 0, and what the shape asks."""
         found = {}
         for kind, log_alpha_RS in self.log_alpha.items():
-            bounded_RS = log_alpha_RS.clamp(SMALLEST, LARGEST)
+            bounded_RS = log_alpha_RS.clamp(SMALLEST_LOG, LARGEST_LOG)
             share_R = 1 - probability_above_zero(bounded_RS).mean(dim=1)
             found[kind] = share_R, 1 - self.sizes[kind] / log_alpha_RS.shape[1]
         return found

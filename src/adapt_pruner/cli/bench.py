@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..evaluation.bench import RunningCost
     from ..evaluation.speed import Speed
 
+_OF_ROUNDS = ("prompt_tokens", "new_tokens", "repetitions")
 _OF_TABLE = [name for name in LatencySettings.model_fields if name != "batch_size"]
 
 
@@ -103,6 +104,11 @@ def _about_table(options: dict[str, Any], table: Path | None) -> dict[str, Any]:
         raise click.UsageError(
             f"--{next(iter(given)).replace('_', '-')} is about a table of times: name its file, "
             "--latency-table FILE."
+        )
+    if table and (of_rounds := [name for name in _OF_ROUNDS if options.get(name) is not None]):
+        raise click.UsageError(
+            f"--{of_rounds[0].replace('_', '-')} is not about a table of times; leave it out. How "
+            "much is timed: --context."
         )
     return given
 

@@ -90,7 +90,12 @@ class WidthOrAuto(click.ParamType):
     name = "integer|auto"
 
     def convert(self, value: Any, param, ctx) -> Any:
-        return value if value == AUTO else click.INT.convert(value, param, ctx)
+        if value == AUTO:
+            return value
+        try:
+            return click.INT.convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"expected a number or {AUTO}; got {quoted(value)}.", param, ctx)
 
 
 class Number(click.ParamType):

@@ -58,8 +58,10 @@ def _check(output: Path, overwrite: bool) -> None:
 
 
 def show_timing(result: PruningResult) -> None:
-    """What came of a target in time, if it was one of this machine."""
+    """What came of a target in time, or why that was not measured."""
     from ..figures import promise
 
     if result.timing:
         click.echo(promise(result.timing))
+    elif result.untimed:
+        click.echo(f"The result was not timed: {result.untimed.rstrip('.')}.")

@@ -24,8 +24,9 @@ from ..evaluation.subject import Subject
 from ..goal import Goal
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
+from ..precision import stored_dtype
 from ..result import PruningResult
-from ..run import store_as, stored_dtype
+from ..run import store_as
 from ..settings import PruneSettings
 from .cells import Cell, CellResult, Comparison, ComparisonListener, ComparisonRequest
 from .variants import Variant

@@ -19,7 +19,7 @@ from .grid import commits_of
 from .variants import Variant
 
 MISSING = "–"
-HIDDEN = ("bits_per_byte",)
+NOT_SHOWN = ("bits_per_byte",)
 """Metrics that stand in the CSV and JSON files alone."""
 
 
@@ -84,7 +84,7 @@ class Tables:
     def __init__(self, comparison: Comparison):
         self.comparison, request = comparison, comparison.request
         self.metrics = [Metric.of(score) for score in comparison.dense.scores]
-        self.shown = [metric for metric in self.metrics if metric.metric not in HIDDEN]
+        self.shown = [metric for metric in self.metrics if metric.metric not in NOT_SHOWN]
         self.variants, self.sparsities = request.variants, request.sparsities
         self.num_seeds = len(request.seeds)
 

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 library is a variant under its own name, too."""
 DEFAULT_VARIANTS = ("best", "paper", "uniform", "magnitude", "random")
 
-MOST_VALUES, LONGEST_VARIANT_NAME = 100, 100
+MOST_VARIED, LONGEST_VARIANT_NAME = 100, 100
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def parse_sweep(text: str) -> tuple[str, list[Any]]:
         listed = []
     if not equals or not listed:
         raise InvalidSettings(f"A sweep reads such as amplitude=0,0.01,0.02; got {shown(text)}.")
-    if len(listed) > MOST_VALUES:
+    if len(listed) > MOST_VARIED:
         raise InvalidSettings(
-            f"A sweep takes at most {MOST_VALUES} values; got {len(listed)} of {shown(name)}."
+            f"A sweep takes at most {MOST_VARIED} values; got {len(listed)} of {shown(name)}."
         )
     if name == "seed":
         raise InvalidSettings("Seeds are not swept but averaged over; use --seeds.")
@@ -115,7 +115,7 @@ def make_variants(
     """
     sweeps = list(sweeps)
     count = math.prod(len(values) for _, values in sweeps)
-    if count > MOST_VALUES**2:
+    if count > MOST_VARIED**2:
         raise InvalidSettings(f"A grid of {count:,} settings is too large; sweep fewer values.")
     variants = []
     for name in dict.fromkeys(names or methods):

@@ -80,7 +80,11 @@ def _in_llama_cpp(file: Path, prompt: str, num_tokens: int, chat: bool) -> str:
     if chat and "tokenizer.chat_template" not in header.metadata:
         raise _no_template(str(file))
     longest = header.metadata.get(f"{header.architecture}.context_length")
-    _check_length(1, num_tokens, longest or 10**9)
+    if longest and num_tokens >= longest:
+        raise EvaluationError(
+            f"The model reads at most {longest:,} tokens; got {num_tokens:,} new ones. Take fewer: "
+            "--tokens."
+        )
     engine: Any = xllamacpp
     parameters = engine.CommonParams()
     parameters.model.path = str(file)

@@ -132,6 +132,7 @@ class LlamaCpp:
         prepare(parameters)
         self.context = self.library.llama_init_from_model(self.model, parameters)
         if not self.context:
+            self.library.llama_model_free(self.model)
             raise EvaluationError(f"llama.cpp makes no context for '{file}'.")
         self.library.llama_set_n_threads(self.context, threads, threads)
         self.vocabulary = self.library.llama_model_get_vocab(self.model)

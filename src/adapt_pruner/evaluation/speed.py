@@ -128,6 +128,11 @@ def _time_once(model: Any, ids: Tensor, new_tokens: int) -> tuple[float, float]:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device.type)
     return time.perf_counter()
+
+
+def wait_for(device: str) -> None:
+    """Until what a device was given to do is done; a processor has done it."""
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize()

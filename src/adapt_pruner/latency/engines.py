@@ -17,11 +17,12 @@ import torch
 
 from ..errors import InvalidSettings
 from ..evaluation.fingerprint import versions
-from ..evaluation.speed import random_prompt
+from ..evaluation.speed import longest_of, random_prompt, wait_for
 from ..model.anatomy import find_anatomy
 from ..model.axes import KV_GROUPS
 from ..model.skipped import Skipped
 from ..settings import LatencySettings
+from .table import shapes_of
 
 SHORTEST = 0.02
 """Seconds that are timed at once: of fast models several tokens."""
@@ -35,9 +36,12 @@ class Engine(Protocol):
     """What computes."""
 
     settings: LatencySettings
+    device: str
     threads: int
     dtype: str
-    """Of the weights."""
+    """Of the weights, as the engine calls it."""
+    source_dtype: torch.dtype
+    """Of the torch model that it is given."""
     width_block: int
     version: str
 
@@ -56,8 +60,7 @@ class Clock:
     threads: int
 
     def __call__(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         alone = self.threads == 1 and self.device == "cpu"
         return time.process_time() if alone else time.perf_counter()
 
@@ -88,7 +91,7 @@ class TorchEngine:
     width_block = 1
 
     def __init__(self, settings: LatencySettings, dtype: torch.dtype, device: str):
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.source_dtype = settings, device, dtype
         self.threads = torch.get_num_threads() if device == "cpu" else 1
         self.dtype = str(dtype).removeprefix("torch.")
         self.version = versions()["torch"]
@@ -112,9 +115,7 @@ class TorchEngine:
 
         def begin() -> Callable[[], None]:
             cache, token = copy.copy(filled), first
-            cache.layers = [
-                copy.copy(layer) for layer in filled.layers
-            ]  # which grow by new tensors
+            cache.layers = [copy.copy(layer) for layer in filled.layers]  # grow by new tensors
 
             @torch.no_grad()
             def decode() -> None:
@@ -136,9 +137,7 @@ def _filled_cache(model: Any, batch: int, context: int) -> Any:
     anatomy = find_anatomy(model)
     groups = {axis.layer: axis.num_units for axis in anatomy.of_kinds({KV_GROUPS})}
     config, weight = model.config, model.get_input_embeddings().weight
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    head_dim = shapes_of(anatomy).head_dim
     for i, layer in enumerate(anatomy.layers):
         attention = getattr(layer, anatomy.architecture.attention)
         if isinstance(attention, Skipped):
@@ -155,6 +154,8 @@ def _filled_cache(model: Any, batch: int, context: int) -> Any:
 
 class LlamaCppEngine:
     """The GGUF file of the model, in llama.cpp on the processor."""
+
+    device, source_dtype = "cpu", torch.float32
 
     def __init__(self, settings: LatencySettings, quantize: str, tokenizer: Any):
         """Raises InvalidSettings if there is no such quantisation, or no tokenizer; MissingExtra
@@ -233,9 +234,9 @@ def make_engine(
             quantisation, or no tokenizer.
         MissingExtra: where a package is missing.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_of(model.config)
     more = MOST_TOKENS if settings.stage == "decode" else 0
-    if longest and settings.context + more > longest:
+    if settings.context + more > longest:
         after = f", and {more} are decoded after the context" if more else ""
         raise InvalidSettings(
             f"context: the model reads at most {longest:,} tokens{after}; got "

@@ -82,7 +82,7 @@ def _key(anatomy: Anatomy, engine: Engine) -> str:
 def circumstances_of(engine: Engine) -> dict[str, Any]:
     """What times that an engine measures hang on, as fields of a table."""
     return {
-        "machine": machine(getattr(engine, "device", "cpu")),
+        "machine": machine(engine.device),
         "version": engine.version,
         "threads": engine.threads,
         "dtype": engine.dtype,
@@ -115,10 +115,8 @@ def measure_times(
     difference over the number of layers. Args, Raises: as `table_for`.
     """
     check_kind(anatomy)
-    # What llama.cpp runs is made of float32 values, whatever the file stores.
-    dtype = getattr(torch, engine.dtype, torch.float32)
-    device = getattr(engine, "device", "cpu")
-    dense = random_model(equal_layers(anatomy, dtype), dtype, device)
+    dtype = engine.source_dtype
+    dense = random_model(equal_layers(anatomy, dtype), dtype, engine.device)
     its_anatomy = find_anatomy(dense)
     probes = probes_of(its_anatomy, with_odd)
     ratios: dict[Probe, float] = {}
@@ -140,6 +138,7 @@ def measure_times(
                 continue  # the engine has no layers that lack a part
             base += [first for first, _ in pairs]
             ratios[probe] = statistics.median(other / first for first, other in pairs)
+        on_progress(len(probes), len(probes))
     ns = 1e9 * statistics.median(base)
     times = {probe: ns * ratio for probe, ratio in ratios.items()}
     found = _Times(ns, times, its_anatomy).split(len(anatomy.layers))
@@ -224,11 +223,6 @@ class Measured:
     ms: float
     circumstances: str
 
-    @property
-    def deviation(self) -> float:
-        """Share by which the model is faster than promised."""
-        return self.speedup / self.promised_speedup - 1
-
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -246,9 +240,7 @@ def measured_speedup(
     Raises:
         AdaptPrunerError: if the engine cannot run one of them.
     """
-    dtype = getattr(torch, engine.dtype, torch.float32)
-    device = getattr(engine, "device", "cpu")
-    whole = random_model(dense.config, dtype, device)
+    whole = random_model(dense.config, engine.source_dtype, engine.device)
     with engine.open(whole) as first, engine.open(smaller) as other:
         first()
         pairs = _in_turns(first, other, rounds)

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Len
 from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationError, model_validator
 
-from ..errors import InvalidSettings, LoadingError, shortened
+from ..errors import InvalidSettings, LoadingError
 from ..files import read_json, write_json_atomically
-from ..limits import BatchSize, Name, NumTokens, Width, message_of
+from ..limits import BatchSize, Name, NumTokens, Width, first_problem
 from ..model.anatomy import Anatomy
 from ..model.axes import WIDTH_NAMES
 
@@ -182,10 +182,8 @@ def read_table(file: str | Path) -> LatencyTable:
     try:
         return LatencyTable.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = shortened(".".join(map(str, problem["loc"]))) or "its content"
         raise LoadingError(
-            f"'{file}' is no table of times: {place}: {message_of(problem)}. Write one: "
+            f"'{file}' is no table of times: {first_problem(error)}. Write one: "
             "adapt-pruner bench MODEL --latency-table FILE."
         ) from error
 

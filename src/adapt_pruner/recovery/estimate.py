@@ -14,8 +14,8 @@ from ..model.anatomy import count_parameters, find_anatomy
 from ..model.loading import empty_model
 from ..model.resources import Resource
 from ..plan import EARLIER_SUMS, TRAINING, make_plan
+from ..precision import stored_dtype
 from ..result import Size
-from ..run import stored_dtype
 from .materials import check_training, limited_by, plan_phases
 from .request import AccelRequest, check_together
 from .schedule import Phase, learning_rates, tokens_per_step

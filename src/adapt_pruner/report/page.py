@@ -17,10 +17,10 @@ from .record import StoredRun
 from .series import (
     DARK,
     IMPORTANCE_TITLE,
-    LEAST,
+    LESS,
     LIGHT,
-    MOST,
-    TOKENS,
+    MORE,
+    TOKENS_TITLE,
     TRAINING_TITLE,
     columns_of,
     importance_of,
@@ -81,8 +81,8 @@ def render(runs: Sequence[StoredRun], extras: Sequence[Extras] = ()) -> str:
         titles={
             "training": TRAINING_TITLE,
             "importance": IMPORTANCE_TITLE,
-            "least": LEAST,
-            "most": MOST,
+            "least": LESS,
+            "most": MORE,
         },
         overview=_overview(sections),
     )
@@ -145,7 +145,12 @@ def _charts(run: StoredRun, id: str, facts: Facts) -> dict[str, Markup | None]:
     if len(run.training) > 1:
         curve = training_of(run.training, run.phases)
         drawn["training"] = charts.line(
-            f"{id}-training", TRAINING_TITLE, TOKENS, curve.points, curve.cuts, smooth=curve.means
+            f"{id}-training",
+            TRAINING_TITLE,
+            TOKENS_TITLE,
+            curve.points,
+            curve.cuts,
+            smooth=curve.means,
         )
     return drawn
 

@@ -11,9 +11,9 @@ from ..files import write_atomically
 from .series import (
     IMPORTANCE_TITLE,
     LAYER,
-    LEAST,
+    LESS,
     LIGHT,
-    MOST,
+    MORE,
     NUMBERED,
     STEP,
     columns_of,
@@ -80,7 +80,7 @@ def draw_layer_importance(result: PruningResult) -> Any:
 
     colors = [LIGHT["cool"], "white", LIGHT["warm"]]
     return draw_heat_map(
-        importance_of(result.steps), IMPORTANCE_TITLE, STEP, f"{LEAST}  ←  →  {MOST}",
+        importance_of(result.steps), IMPORTANCE_TITLE, STEP, f"{LESS}  ←  →  {MORE}",
         cmap=LinearSegmentedColormap.from_list("importance", colors), vmin=-1, vmax=1,
     )  # fmt: skip
 

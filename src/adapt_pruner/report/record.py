@@ -19,9 +19,9 @@ from pydantic import (
 from typing_extensions import TypedDict
 
 from ..api import edits_of_record
-from ..errors import LoadingError, shortened, shown
+from ..errors import LoadingError, shown
 from ..files import MAX_JSON_BYTES, read_bytes, read_json
-from ..limits import MAX_TOKENS, Documents, NumTokens, Share, Width, message_of
+from ..limits import MAX_TOKENS, Documents, NumTokens, Share, Width, first_problem
 from ..model.axes import ATTENTION, KV_GROUPS, LAYERS
 from ..model.checks import check_sizes
 from ..parsing import parse_json
@@ -95,7 +95,8 @@ class RunRecord(BaseModel):
     settings: dict[str, Any]
     widths_before: Widths
     widths_after: Widths
-    layers_left: Annotated[list[LayerNumber], MaxLen(MOST_LAYERS)] | None = None  # None: all
+    layers_left: Annotated[list[LayerNumber], MaxLen(MOST_LAYERS)] | None = None
+    """Original numbers of the decoder layers that are left; None: all of them."""
     steps: Annotated[list[StepRecord], MaxLen(100_000)] = []
     seconds: Annotated[FiniteNumber, Ge(0)]
     measurements: dict[str, Pair] = {}
@@ -335,10 +336,8 @@ def _checked(kind: type[T], content: Any, file: Path) -> T:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = shortened(".".join(map(str, problem["loc"]))) or "its content"
         raise LoadingError(
-            f"'{file}' is not what it should be: {place}: {message_of(problem)}. It was damaged, "
+            f"'{file}' is not what it should be: {first_problem(error)}. It was damaged, "
             "or comes from another version; restore it, or make the run again."
         ) from error
 

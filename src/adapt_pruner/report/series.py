@@ -23,10 +23,10 @@ DARK = {
 }  # fmt: skip
 """Colours by their role, on light screens and paper, and on dark screens."""
 
-LAYER, STEP, TOKENS = "decoder layer", "pruning step", "tokens trained on"
+LAYER, STEP, TOKENS_TITLE = "decoder layer", "pruning step", "tokens trained on"
 IMPORTANCE_TITLE = "Layer importance before each step"
 TRAINING_TITLE = "Training loss over tokens, with the cuts"
-LEAST, MOST = "changes its input less", "more"
+LESS, MORE = "changes its input less", "more"
 """Ends of the scale of importance, which runs from -1 to 1."""
 NUMBERED = 24
 """Layers, at most, of which the columns have their values written on them."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..figures import short
 from .pictures import ACCENT, AFTER, BEFORE, draw_heat_map, make_figure, save_figure
 from .record import StoredPhase, TrainingStep, read_training
-from .series import LIGHT, TOKENS, TRAINING_TITLE, training_of
+from .series import LIGHT, TOKENS_TITLE, TRAINING_TITLE, training_of
 
 
 def draw_training(run: Path, pictures: Path) -> dict[str, str]:
@@ -54,7 +54,7 @@ def draw_loss(log: Sequence[TrainingStep], phases: Sequence[StoredPhase]) -> Any
     axes[0].set_title(
         f"{len(phases)} phases, {end:,} tokens; dotted: a cut", loc="left", fontsize=11
     )
-    axes[-1].set_xlabel(TOKENS)
+    axes[-1].set_xlabel(TOKENS_TITLE)
     axes[-1].set_xlim(0, end)
     for axis in (axes[1].yaxis, axes[-1].xaxis):
         axis.set_major_formatter(lambda value, _: short(value))

@@ -23,7 +23,7 @@ from ..methods import build_settings, make_settings
 from ..model.anatomy import find_anatomy
 from ..model.loading import empty_model, load_model, load_tokenizer, resolve_device
 from ..plan import make_plan
-from ..run import written_dtype
+from ..precision import written_dtype
 from ..settings import build
 from .measuring import Validation
 from .outcome import Outcome, write_outcome
