@@ -51,14 +51,14 @@ def promise(timing: Mapping[str, Any]) -> str:
     """What a target in time promised, and what was measured: the fields of `latency.Measured`.
 
     >>> promise({"promised_speedup": 1.5, "speedup": 1.47, "dense_ms": 24, "ms": 16.33,
-    ...          "circumstances": "decode, torch float32"})
-    '1.47 times as fast, measured (24 ms, now 16.3 ms); promised 1.50: −2.0%. decode, torch float32'
+    ...          "circumstances": "torch"})
+    '1.47 times as fast, measured (24 ms, now 16.3 ms; −2.0% against the promised 1.50; torch)'
     """
     promised, found = timing["promised_speedup"], timing["speedup"]
     return (
         f"{found:.2f} times as fast, measured ({timing['dense_ms']:.3g} ms, now "
-        f"{timing['ms']:.3g} ms); promised {promised:.2f}: {change(promised, found)}. "
-        f"{timing['circumstances']}"
+        f"{timing['ms']:.3g} ms; {change(promised, found)} against the promised {promised:.2f}; "
+        f"{timing['circumstances']})"
     )
 
 
